@@ -1,0 +1,82 @@
+# Everything a developer or a CI machine runs. Needs python3.11 or later, a C compiler and git; the rest comes by pip
+# into .venv.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+CMAKE := $(BIN)/cmake
+CTEST := $(BIN)/ctest
+WERROR := $(if $(CI),ON,OFF)
+TESTS := tests
+PYTEST_ARGS :=
+
+.PHONY: help setup native ctest test demo soak bench lint format clean
+
+help:
+	@echo "make setup   create .venv and install EDM into it, editable"
+	@echo "make native  rebuild the C parts"
+	@echo "make test    C tests (plain and with ASan+UBSan), then pytest"
+	@echo "make demo    a real program in a quarter of the memory it needs"
+	@echo "make soak    the long tests"
+	@echo "make bench   the benchmarks"
+	@echo "make lint    ruff, mypy --strict, clang-format"
+	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make clean   remove what was built, .venv included"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.tools: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no python3.11 or later found: install it, or say make PYTHON=…" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is older than 3.11: install a later one, or say make PYTHON=…" >&2; exit 2; }
+	@command -v "$${CC:-cc}" >/dev/null || { echo "make: no C compiler: install gcc or clang, or set CC" >&2; exit 2; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.11" "cffi>=2.1" "cmake>=3.22" "ninja>=1.11"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.tools CMakeLists.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[all,mpich,dev]"
+	@touch $@
+
+# The editable install built once into build/editable; every later build is this one call.
+native: setup
+	@$(CMAKE) --build build/editable
+
+ctest: setup
+	@$(CMAKE) -S . -B build/ctest -G Ninja -DEDM_PYTHON=OFF -DEDM_TESTS=ON -DEDM_WERROR=$(WERROR) >/dev/null
+	@$(CMAKE) --build build/ctest
+	@$(CTEST) --test-dir build/ctest --output-on-failure --no-tests=error
+	@$(CMAKE) -S . -B build/ctest-address -G Ninja -DEDM_PYTHON=OFF -DEDM_TESTS=ON -DEDM_WERROR=$(WERROR) \
+	  -DEDM_SANITIZE=address >/dev/null
+	@$(CMAKE) --build build/ctest-address
+	@$(CTEST) --test-dir build/ctest-address --output-on-failure --no-tests=error
+
+test: native ctest
+	$(BIN)/python -m pytest $(TESTS) -m "not soak" $(PYTEST_ARGS)
+
+soak: native
+	$(BIN)/python -m pytest $(TESTS) -m soak $(PYTEST_ARGS)
+
+demo: native
+	$(BIN)/python examples/demo.py
+
+bench: native
+	@set -e; for file in benchmarks/*/bench_*.py benchmarks/bench_*.py; do \
+	  if [ -e "$$file" ]; then echo "== $$file"; $(BIN)/python "$$file"; fi; done
+
+C_FILES := $(wildcard native/*.[ch] native/app/*.[ch] native/tests/*.[ch])
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: setup
+	$(BIN)/ruff check --fix --exit-zero --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+clean:
+	rm -rf build dist .venv .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis edm/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,8 +11,8 @@ from typing import Final
 from edm.errors import UsageError
 
 _FACTORS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE: Final = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
-_PERCENT: Final = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*%", re.ASCII)
+_SIZE: Final = re.compile(r"(?P<number>\d{1,30}(?:\.\d{1,30})?)\s*(?P<unit>[KMGT]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
+_PERCENT: Final = re.compile(r"(?P<number>\d{1,30}(?:\.\d{1,30})?)\s*%", re.ASCII)
 _LARGEST: Final = 1 << 63
 
 

@@ -10,7 +10,7 @@ WERROR := $(if $(CI),ON,OFF)
 TESTS := tests
 PYTEST_ARGS :=
 
-.PHONY: help setup native ctest test demo soak bench lint format clean
+.PHONY: help setup native ctest test demo soak bench docs lint format clean
 
 help:
 	@echo "make setup   create .venv and install EDM into it, editable"
@@ -19,6 +19,7 @@ help:
 	@echo "make demo    a real program in a quarter of the memory it needs"
 	@echo "make soak    the long tests"
 	@echo "make bench   the benchmarks"
+	@echo "make docs    write the generated parts of the documentation"
 	@echo "make lint    ruff, mypy --strict, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove what was built, .venv included"
@@ -63,6 +64,9 @@ demo: native
 bench: native
 	@set -e; for file in benchmarks/*/bench_*.py benchmarks/bench_*.py; do \
 	  if [ -e "$$file" ]; then echo "== $$file"; $(BIN)/python "$$file"; fi; done
+
+docs: native
+	$(BIN)/python docs/generate.py
 
 C_FILES := $(wildcard native/*.[ch] native/app/*.[ch] native/tests/*.[ch])
 

@@ -55,13 +55,14 @@ def _option(name: str, text: str, metavar: str, default: Any) -> Callable[[Any],
     sentence = f"{text[0].upper()}{text[1:]}."
     if not metavar:
         return click.option(
-            f"{argument}/--no-{argument[2:]}", name, default=None, help=f"{sentence} [{_shown(default)}]"
+            f"{argument}/--no-{argument[2:]}", name, default=None, help=f"{sentence} [{shown_default(default)}]"
         )
-    shown = "" if default is None else f" [{_shown(default)}]"
+    shown = "" if default is None else f" [{shown_default(default)}]"
     return click.option(argument, name, metavar=metavar, help=sentence + shown)
 
 
-def _shown(default: Any) -> str:
+def shown_default(default: Any) -> str:
+    """A default for help and documentation: "16M", "on", "0.5"."""
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, int) and default >= 1 << 20:
@@ -69,4 +70,4 @@ def _shown(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-__all__ = ["Config", "config_options"]
+__all__ = ["Config", "config_options", "shown_default"]

@@ -29,7 +29,7 @@ def cli_page() -> str:
         "# The commands\n",
         "What `edm COMMAND --help` prints. A user's mistake is one line on stderr and exit 2.\n",
     ]
-    with click.Context(cli.group, info_name="edm", terminal_width=80, max_content_width=80) as context:
+    with cli.group.make_context("edm", [], resilient_parsing=True, terminal_width=80, max_content_width=80) as context:
         parts += _help(cli.group, context, "edm")
     return "\n".join(parts)
 

@@ -1,0 +1,1 @@
+"""The DMS: the memory server's process, what answers requests, and the stores it keeps pages in."""

@@ -1,0 +1,128 @@
+"""The transport `inproc`: the DMS inside the DM-Handler's process, called directly; nothing is serialised.
+
+Place on the path: between a worker of the DM-Handler [5] and the `PageServer` [6-11], which is called under a lock
+since it serves one thread at a time. The reference for what the other transports must do.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from edm import hookimpl
+from edm.errors import PeerLost, TransportTimeout, UsageError
+from edm.hookspecs import NoOptions, TransportSpec
+from edm.types import LaunchPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from edm.interfaces import PageServer
+    from edm.types import PageRefs, RunContext
+
+
+class InprocTransport:
+    """Channels that call `server` under one lock; waiting for the lock has the run's deadline."""
+
+    def __init__(self, server: PageServer, deadline_s: float) -> None:
+        self._server = server
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self.instance = 0
+
+    def connect(self) -> InprocChannel:
+        """Open a channel; raises `PeerLost` on a closed transport."""
+        if self._closed:
+            raise PeerLost("the transport is closed")
+        return InprocChannel(self)
+
+    def serve(self, server: PageServer, stop: threading.Event) -> None:  # noqa: ARG002
+        """Raise `UsageError`: there is no other process to serve."""
+        raise UsageError("the transport 'inproc' lives inside 'edm run'; a DMS that stands alone needs mpi or zmq")
+
+    def close(self) -> None:
+        """Let no new request in; one that is being answered ends first."""
+        with self._lock:
+            self._closed = True
+
+    def enter(self) -> PageServer:
+        """Take the server for one request; raises `TransportTimeout` if another thread keeps it past the deadline."""
+        if not self._lock.acquire(timeout=self._deadline_s):
+            raise TransportTimeout("the memory server in this process did not answer within the deadline")
+        if self._closed:
+            self._lock.release()
+            raise PeerLost("the transport is closed")
+        return self._server
+
+    def leave(self) -> None:
+        """Give the server back."""
+        self._lock.release()
+
+
+class InprocChannel:
+    """A channel that is a lock and a call."""
+
+    def __init__(self, transport: InprocTransport) -> None:
+        self._transport = transport
+        self._closed = False
+
+    def fetch(self, refs: PageRefs, into: memoryview) -> None:
+        """Have the server answer in the caller's own buffers [5-11]."""
+        server = self._enter()
+        try:
+            server.get(self._transport.instance, refs, into)
+        finally:
+            self._transport.leave()
+
+    def evict(self, refs: PageRefs, pages: memoryview) -> str:
+        """Have the server store the caller's own buffers."""
+        server = self._enter()
+        try:
+            return server.evict(self._transport.instance, refs, pages)
+        finally:
+            self._transport.leave()
+
+    def control(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Have the server carry out a control request; the answer to `hello` names this transport's instance."""
+        server = self._enter()
+        try:
+            answer = server.control(self._transport.instance, request)
+            if request.get("op") == "hello" and answer.get("ok"):
+                self._transport.instance = int(answer["instance"])
+            return answer
+        finally:
+            self._transport.leave()
+
+    def close(self) -> None:
+        """Let the channel carry nothing more; a second call does nothing."""
+        self._closed = True
+
+    def _enter(self) -> PageServer:
+        if self._closed:
+            raise PeerLost("the channel is closed")
+        return self._transport.enter()
+
+
+def open_transport(_options: NoOptions, context: RunContext, server: PageServer | None = None) -> InprocTransport:
+    """Open it around a `PageServer`; raises `UsageError` in a process that has none."""
+    if server is None:
+        raise UsageError("the transport 'inproc' lives inside 'edm run'; a DMS that stands alone needs mpi or zmq")
+    return InprocTransport(server, context.deadline_s)
+
+
+def plan(_options: NoOptions, _dms: tuple[str, ...], dm_handler: tuple[str, ...]) -> LaunchPlan:
+    """One process: the DM-Handler."""
+    return LaunchPlan((dm_handler,))
+
+
+@hookimpl
+def edm_transports() -> Iterable[TransportSpec]:
+    """Offer `inproc`."""
+    yield TransportSpec(
+        name="inproc",
+        summary="the DMS inside the DM-Handler; nothing leaves the process",
+        open=open_transport,
+        plan=plan,
+        embedded=True,
+    )

@@ -10,3 +10,114 @@ uint32_t edm_crc32c(const void *data, size_t len);
 
 /* CRC-32C of each of `n_pages` pages of 4096 bytes at `pages`, into `out[0..n_pages)`. Any alignment, any thread. */
 void edm_crc32c_pages(const void *pages, size_t n_pages, uint32_t *out);
+
+/* ---- fault engine (native/engine.c …): called by the DM-Handler through cffi --------------------------------- */
+
+/* One page reference; the layout of edm.types.PAGE_REF. */
+struct edm_page_ref {
+    uint64_t region;
+    uint64_t index;
+    uint64_t version;
+    uint32_t checksum;
+    uint16_t status;
+    uint16_t flags;
+};
+
+struct edm_engine_config {
+    uint64_t local_pages;      /* budget: resident pages of all captured programs together; 0: none */
+    uint64_t high_pages;       /* LPET starts above this; 0: derived */
+    uint64_t low_pages;        /* … and evicts down to this; 0: derived */
+    uint64_t write_back_pages; /* size of the write-back buffer */
+    uint32_t sweep_us;         /* longest time between two looks at a program's mappings */
+    uint32_t spin_us;          /* a fault worker spins this long before it sleeps */
+    uint8_t track_writes;      /* write-protect pages restored by a read; clean ones are dropped without a write */
+    uint8_t ask;               /* ask the DMS for pages known to be new as well */
+    uint8_t record_pfn;        /* note each page's pfn at once, not only when it is looked at anyway */
+    uint8_t unused;
+};
+
+struct edm_counters {
+    uint64_t faults;            /* fault messages read */
+    uint64_t zero_fills;        /* new page: UFFDIO_ZEROPAGE */
+    uint64_t fetches;           /* existing page: fetched from the DMS, UFFDIO_COPY */
+    uint64_t rescues;           /* found in the write-back buffer, UFFDIO_COPY */
+    uint64_t write_protects;    /* first write to a clean page */
+    uint64_t repeats;           /* the page was there already */
+    uint64_t evictions;         /* pages moved out of a program */
+    uint64_t evicted_clean;     /* … of those, dropped: the DMS has them */
+    uint64_t evicted_zero;      /* … of those, all zeros: nothing to store */
+    uint64_t writes;            /* pages the DMS acknowledged */
+    uint64_t write_failures;    /* pages the DMS refused; tried again */
+    uint64_t move_refused;      /* pages the kernel would not move (pinned, locked) */
+    uint64_t move_again;        /* batches cut short by an address-space event */
+    uint64_t again;             /* ioctls the kernel put off with EAGAIN */
+    uint64_t stale;             /* answers that no longer matched; asked again */
+    uint64_t lost;              /* pages no copy of which could be had: poisoned */
+    uint64_t over_limit;        /* faults let through above the limit since nothing could be evicted */
+    uint64_t waited;            /* faults that waited for room */
+    uint64_t events_fork;
+    uint64_t events_remap;
+    uint64_t events_remove;
+    uint64_t events_unmap;
+    uint64_t joined;            /* pages that were there before their mapping was captured */
+    uint64_t sweeps;
+    uint64_t processes;         /* address spaces captured so far */
+    uint64_t spaces;            /* … alive now */
+    uint64_t resident;          /* pages now */
+    uint64_t peak_resident;
+    uint64_t staged;            /* pages in the write-back buffer now */
+    uint64_t remote;            /* pages only the DMS holds now */
+    uint64_t limit_pages;
+    uint64_t high_pages;
+    uint64_t low_pages;
+    uint64_t lspt_bytes;
+    uint64_t internal_errors;   /* states that should not occur; the first is in edm_error */
+};
+
+struct edm_engine;
+
+/* NULL with errno set if memory or an fd cannot be had. */
+struct edm_engine *edm_engine_new(const struct edm_engine_config *config);
+/* Start the LPET and accept programs on the unix socket `path`. 0 or -errno. */
+int edm_engine_listen(struct edm_engine *engine, const char *path, uint32_t instance);
+/* End all waiting calls; no fault is served after it. */
+void edm_engine_stop(struct edm_engine *engine);
+void edm_engine_free(struct edm_engine *engine);
+void edm_engine_counters(struct edm_engine *engine, struct edm_counters *out);
+/* The first internal error as text, "" if none. */
+const char *edm_engine_error(struct edm_engine *engine);
+/* The pids of captured processes that live, at most max; returns how many. */
+int edm_engine_pids(struct edm_engine *engine, int32_t *out, int max);
+
+/* A fault worker's buffers: 64 refs and 64 pages. */
+struct edm_page_ref *edm_worker_refs(struct edm_engine *engine, int worker);
+uint8_t *edm_worker_pages(struct edm_engine *engine, int worker);
+/* Read and handle faults [3-5]; returns the number of refs to fetch, 0 after timeout_us, -ESHUTDOWN at the end. */
+int edm_poll(struct edm_engine *engine, int worker, int timeout_us);
+/* Install the first n pages of the worker's batch [12-15]. */
+int edm_resolve(struct edm_engine *engine, int worker, int n);
+
+#define EDM_OUTBOX_BATCH 256
+/* What an outbox message is. */
+#define EDM_OUT_EVICT 1        /* refs and pages are filled */
+#define EDM_OUT_CREATE 2       /* region */
+#define EDM_OUT_CLONE 3        /* region, into = a */
+#define EDM_OUT_MOVE 4         /* region, start = a, to = b, count = c */
+#define EDM_OUT_DROP 5         /* region, start = a, count = b */
+#define EDM_OUT_DROP_REGION 6  /* region */
+struct edm_outbox {
+    int32_t kind;
+    int32_t n; /* pages, for EDM_OUT_EVICT */
+    uint64_t sequence;
+    uint64_t region, a, b, c;
+    struct edm_page_ref *refs;
+    uint8_t *pages;
+};
+/* The next message; 1, 0 after timeout_us, -ESHUTDOWN at the end. One message at a time: done before the next. */
+int edm_outbox_poll(struct edm_engine *engine, struct edm_outbox *out, int timeout_us);
+/* The DMS has carried it out (evictions: by refs[i].status); failed pages are sent again after the next poll. */
+void edm_outbox_done(struct edm_engine *engine, const struct edm_outbox *out);
+
+/* The holder: keeps every file descriptor of this process open after it has died. Returns its pid, or -errno. */
+int edm_holder_start(int32_t launcher_pid);
+

@@ -1,0 +1,393 @@
+// libedm_app.so: what EDM puts into a program (LD_PRELOAD). It opens the uffd, hands it to the DM-Handler, and starts
+// the sidecar, a task in the program's address space that moves pages to staging when the DM-Handler asks. It decides
+// nothing, keeps no file descriptor in the program, and uses raw system calls: it runs before main and after fork, when
+// little of libc may be used.
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../sidecar.h"
+#include "../uffd_abi.h"
+
+#define PAGE 4096ul
+#define RUN_PAGES 32  // one UFFDIO_MOVE: the engine may wait this long to read the uffd
+#define SIDECAR_STACK (16 * 1024)
+#define MID_STACK (16 * 1024)
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_WIPEONFORK
+#define MADV_WIPEONFORK 18
+#endif
+
+#if defined(__x86_64__)
+static long call6(long n, long a, long b, long c, long d, long e, long f) {
+    long r;
+    register long r10 __asm__("r10") = d;
+    register long r8 __asm__("r8") = e;
+    register long r9 __asm__("r9") = f;
+    __asm__ volatile("syscall"
+                     : "=a"(r)
+                     : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+                     : "rcx", "r11", "memory");
+    return r;
+}
+#elif defined(__aarch64__)
+static long call6(long n, long a, long b, long c, long d, long e, long f) {
+    register long x8 __asm__("x8") = n;
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    register long x3 __asm__("x3") = d;
+    register long x4 __asm__("x4") = e;
+    register long x5 __asm__("x5") = f;
+    __asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5) : "memory");
+    return x0;
+}
+#else
+#error "libedm_app.so is written for x86-64 and aarch64"
+#endif
+#define CALL(n, a, b, c) call6((n), (long)(a), (long)(b), (long)(c), 0, 0, 0)
+#define CALL6(n, a, b, c, d, e, f) call6((n), (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
+
+static bool captured;
+static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
+static char sock_path[sizeof(((struct sockaddr_un *)0)->sun_path)];
+
+// ---- the sidecar: no libc, no thread-local storage, its own file table ----------------------------------------
+
+static void side_lock(struct edm_ctl *c) {
+    for (;;) {
+        uint32_t none = EDM_UNLOCKED;
+        if (__atomic_compare_exchange_n(&c->lock, &none, EDM_LOCK_SIDECAR, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+            return;
+        CALL(SYS_sched_yield, 0, 0, 0);
+    }
+}
+
+static void side_unlock(struct edm_ctl *c) { __atomic_store_n(&c->lock, EDM_UNLOCKED, __ATOMIC_RELEASE); }
+
+// Move one run; returns pages moved, *error the reason why not all.
+static long side_move_run(struct edm_ctl *c, uint64_t dst, uint64_t src, long pages, long *error) {
+    struct uffdio_move m = {.dst = dst,
+                            .src = src,
+                            .len = (uint64_t)pages * PAGE,
+                            .mode = UFFDIO_MOVE_MODE_DONTWAKE | UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES};
+    side_lock(c);
+    if (__atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) != c->batch_generation) {
+        side_unlock(c);
+        *error = ESTALE;
+        return 0;
+    }
+    long r = CALL(SYS_ioctl, c->uffd, UFFDIO_MOVE, &m);
+    side_unlock(c);
+    if (r == 0) {
+        *error = 0;
+        return pages;
+    }
+    *error = -r;
+    return m.move > 0 ? (long)(m.move / (int64_t)PAGE) : 0;
+}
+
+// A page shared since a fork becomes this process's own by being written to. Not one that is write-protected: that
+// fault would wait for the DM-Handler, which may be waiting for this batch.
+static bool side_unshare(struct edm_ctl *c, uint32_t k, int page) {
+    if (c->window[k].keep & 1ull << page)
+        return false;
+    side_lock(c);
+    long r = -ESTALE;
+    if (__atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) == c->batch_generation)
+        r = CALL(SYS_madvise, c->window[k].src + (uint64_t)page * PAGE, PAGE, MADV_POPULATE_WRITE);
+    side_unlock(c);
+    return r == 0;
+}
+
+// A run with a page in it that cannot move: go around it.
+static long side_move(struct edm_ctl *c, uint32_t k, int from, int count) {
+    uint64_t staging = c->staging + (uint64_t)k * 64 * PAGE;
+    bool unshared = false;
+    while (count > 0) {
+        long error;
+        uint64_t src = c->window[k].src + (uint64_t)from * PAGE;
+        long n = side_move_run(c, staging + (uint64_t)from * PAGE, src, count < RUN_PAGES ? count : RUN_PAGES, &error);
+        from += (int)n;
+        count -= (int)n;
+        if (n)
+            unshared = false;
+        if (!error)
+            continue;
+        if (error == EAGAIN && n)
+            continue;
+        if (error == EAGAIN || error == ESTALE || error == ENOMEM || error == ESRCH)
+            return error;
+        if (error == EBUSY && !unshared && side_unshare(c, k, from)) {
+            unshared = true;
+            continue;
+        }
+        c->window[k].busy |= 1ull << from;
+        unshared = false;
+        from++;
+        count--;
+    }
+    return 0;
+}
+
+static void side_batch(struct edm_ctl *c) {
+    for (uint32_t k = 0; k < EDM_WINDOWS; k++)
+        if (c->drop & 1u << k)
+            CALL(SYS_madvise, c->staging + (uint64_t)k * 64 * PAGE, 64 * PAGE, MADV_DONTNEED);
+    for (uint32_t k = 0; k < c->n && k < EDM_WINDOWS; k++) {
+        uint64_t mask = c->window[k].mask;
+        while (mask) {
+            int from = __builtin_ctzll(mask);
+            uint64_t rest = ~(mask >> from);
+            int count = rest ? __builtin_ctzll(rest) : 64 - from;
+            if (count > 64 - from)
+                count = 64 - from;
+            long error = side_move(c, k, from, count);
+            if (error) {
+                c->window[k].error = error;
+                return;
+            }
+            mask = from + count >= 64 ? 0 : mask >> (from + count) << (from + count);
+        }
+    }
+}
+
+static int sidecar(void *arg) {
+    struct edm_ctl *c = arg;
+    CALL6(SYS_prctl, PR_SET_NAME, "edm: sidecar", 0, 0, 0, 0);
+    CALL(SYS_setsid, 0, 0, 0);
+    if (c->uffd > 0)
+        CALL(SYS_close_range, 0, c->uffd - 1, 0);
+    CALL(SYS_close_range, c->uffd + 1, ~0u, 0);
+    uint32_t last = 0;
+    for (;;) {
+        uint32_t req;
+        while ((req = __atomic_load_n(&c->req, __ATOMIC_ACQUIRE)) == last) {
+            struct timespec second = {1, 0};
+            long r = CALL6(SYS_futex, &c->req, FUTEX_WAIT, last, &second, 0, 0);
+            if (r == -ETIMEDOUT && CALL(SYS_kill, c->app_pid, 0, 0) == -ESRCH)
+                CALL(SYS_exit_group, 0, 0, 0);
+        }
+        last = req;
+        if (c->op == EDM_OP_EXIT)
+            CALL(SYS_exit_group, 0, 0, 0);
+        side_batch(c);
+        __atomic_store_n(&c->done, last, __ATOMIC_RELEASE);
+        CALL6(SYS_futex, &c->done, FUTEX_WAKE, 1, 0, 0, 0);
+    }
+    return 0;
+}
+
+// Between the program and its sidecar, so that the sidecar is not the program's child: a program that waits for all its
+// children would wait for it.
+static int sidecar_parent(void *arg) {
+    struct edm_ctl *c = arg;
+    long pid = clone(sidecar, (char *)c + EDM_CTL_BYTES - MID_STACK, CLONE_VM | CLONE_UNTRACED, c);
+    __atomic_store_n(&c->sidecar_pid, (int32_t)pid, __ATOMIC_RELEASE);
+    CALL(SYS_exit, 0, 0, 0);
+    return 0;
+}
+
+static bool sidecar_start(struct edm_ctl *c) {
+    uint64_t all = ~0ull, old = 0;
+    CALL6(SYS_rt_sigprocmask, SIG_SETMASK, &all, &old, 8, 0, 0);
+    c->app_pid = (int32_t)CALL(SYS_getpid, 0, 0, 0);
+    int pid = clone(sidecar_parent, (char *)c + EDM_CTL_BYTES - 64, CLONE_VM | CLONE_VFORK | CLONE_UNTRACED, c);
+    if (pid > 0)
+        CALL6(SYS_wait4, pid, 0, __WALL, 0, 0, 0);
+    CALL6(SYS_rt_sigprocmask, SIG_SETMASK, &old, 0, 8, 0, 0);
+    return pid > 0 && __atomic_load_n(&c->sidecar_pid, __ATOMIC_ACQUIRE) > 0;
+}
+
+// ---- the hand-over --------------------------------------------------------------------------------------------
+
+static long send_message(int s, const void *data, size_t n, const int *fds, int nfds) {
+    union {
+        struct cmsghdr align;
+        char room[CMSG_SPACE(2 * sizeof(int))];
+    } u;
+    memset(&u, 0, sizeof u);
+    struct iovec v = {(void *)(uintptr_t)data, n};
+    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
+    if (nfds) {
+        m.msg_control = u.room;
+        m.msg_controllen = CMSG_SPACE((size_t)nfds * sizeof(int));
+        struct cmsghdr *h = CMSG_FIRSTHDR(&m);
+        h->cmsg_level = SOL_SOCKET;
+        h->cmsg_type = SCM_RIGHTS;
+        h->cmsg_len = CMSG_LEN((size_t)nfds * sizeof(int));
+        memcpy(CMSG_DATA(h), fds, (size_t)nfds * sizeof(int));
+    }
+    return CALL(SYS_sendmsg, s, &m, MSG_NOSIGNAL);
+}
+
+// One reply, with at most one descriptor; false when the handler hung up.
+static bool receive_reply(int s, struct edm_reply *r, int *fd) {
+    union {
+        struct cmsghdr align;
+        char room[CMSG_SPACE(sizeof(int))];
+    } u;
+    struct iovec v = {r, sizeof *r};
+    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = u.room, .msg_controllen = sizeof u.room};
+    long n;
+    do
+        n = CALL(SYS_recvmsg, s, &m, MSG_CMSG_CLOEXEC);
+    while (n == -EINTR);
+    *fd = -1;
+    if (n != sizeof *r || r->magic != EDM_CTL_MAGIC)
+        return false;
+    struct cmsghdr *h = CMSG_FIRSTHDR(&m);
+    if (h && h->cmsg_type == SCM_RIGHTS)
+        memcpy(fd, CMSG_DATA(h), sizeof *fd);
+    return true;
+}
+
+static void close_fd(int fd) {
+    if (fd >= 0)
+        CALL(SYS_close, fd, 0, 0);
+}
+
+// High numbers, out of the way of programs that count on the next free descriptor while this is under way.
+static int high_fd(int fd) {
+    long high = fd >= 0 ? CALL(SYS_fcntl, fd, F_DUPFD_CLOEXEC, 700) : -1;
+    if (high < 0)
+        return fd;
+    close_fd(fd);
+    return (int)high;
+}
+
+static int connect_handler(void) {
+    int s = high_fd((int)CALL(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    memcpy(a.sun_path, sock_path, sizeof sock_path);
+    if (s >= 0 && CALL(SYS_connect, s, &a, sizeof a) < 0) {
+        close_fd(s);
+        s = -1;
+    }
+    return s;
+}
+
+static void *map(size_t bytes, int prot, int flags, int fd) {
+    long p = CALL6(SYS_mmap, 0, bytes, prot, flags, fd, 0);
+    return p < 0 && p > -4096 ? NULL : (void *)p;
+}
+
+// The control page, the staging area and the anchor: a page whose first touch in a forked child tells the DM-Handler
+// which process the child's uffd belongs to.
+static struct edm_ctl *make_ctl(int *memfd, uint64_t anchor) {
+    *memfd = high_fd((int)CALL(SYS_memfd_create, "edm-ctl", MFD_CLOEXEC, 0));
+    if (*memfd < 0 || CALL(SYS_ftruncate, *memfd, EDM_CTL_BYTES, 0) < 0)
+        return NULL;
+    struct edm_ctl *c = map(EDM_CTL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, *memfd);
+    char *staging =
+        map(EDM_STAGING_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
+    if (!anchor)
+        anchor = (uint64_t)map(PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+    if (!c || !staging || !anchor)
+        return NULL;
+    CALL(SYS_madvise, c, EDM_CTL_BYTES, MADV_DONTFORK);
+    CALL(SYS_madvise, c, EDM_CTL_BYTES, MADV_DONTDUMP);
+    CALL(SYS_madvise, staging, EDM_STAGING_PAGES * PAGE, MADV_DONTFORK);
+    CALL(SYS_madvise, staging, EDM_STAGING_PAGES * PAGE, MADV_NOHUGEPAGE);
+    CALL(SYS_madvise, anchor, PAGE, MADV_WIPEONFORK);
+    c->magic = EDM_CTL_MAGIC;
+    c->size = EDM_CTL_BYTES;
+    c->staging = (uint64_t)staging;
+    c->anchor = anchor;
+    c->self = (uint64_t)c;
+    return c;
+}
+
+static int open_uffd(int dev) {
+    long u = CALL(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK, 0, 0);
+    if (u < 0 && dev >= 0)
+        u = CALL(SYS_ioctl, dev, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+    return high_fd((int)u);
+}
+
+static void drop_ctl(struct edm_ctl *c) {
+    if (!c)
+        return;
+    CALL(SYS_munmap, c->staging, EDM_STAGING_PAGES * PAGE, 0);
+    CALL(SYS_munmap, c, EDM_CTL_BYTES, 0);
+}
+
+// Returns 1 when the handler asks for a forked child to come as a new process, 0 when done, -1 when it cannot be.
+static int hand_over(enum edm_hello_kind kind, uint64_t anchor) {
+    int s = connect_handler(), dev = -1, memfd = -1, uffd = -1, result = -1;
+    struct edm_reply r;
+    struct edm_ctl *c = NULL;
+    if (s < 0 || !receive_reply(s, &r, &dev))
+        goto out;
+    c = make_ctl(&memfd, anchor);
+    if (kind == EDM_HELLO_NEW)
+        uffd = open_uffd(dev);
+    if (!c || (kind == EDM_HELLO_NEW && uffd < 0))
+        goto out;
+    if (kind == EDM_HELLO_FORK)
+        *(volatile char *)c->anchor;  // missing here: the fault tells whose uffd this is
+    struct edm_hello hello = {.magic = EDM_CTL_MAGIC, .kind = kind};
+    int fds[2] = {memfd, uffd}, got = -1;
+    if (send_message(s, &hello, sizeof hello, fds, kind == EDM_HELLO_NEW ? 2 : 1) < 0 || !receive_reply(s, &r, &got))
+        goto out;
+    if (kind == EDM_HELLO_FORK)
+        uffd = high_fd(got);
+    if (r.status == EDM_AGAIN_AS_NEW)
+        result = 1;
+    if (r.status || uffd < 0)
+        goto out;
+    c->uffd = uffd;
+    if (!sidecar_start(c))
+        goto out;
+    if (send_message(s, &hello, sizeof hello, NULL, 0) < 0 || !receive_reply(s, &r, &got) || r.status)
+        goto out;
+    anchor_page = c->anchor;
+    captured = true;
+    c = NULL;  // it stays, for the sidecar
+    result = 0;
+out:
+    drop_ctl(c);
+    close_fd(dev);
+    close_fd(memfd);
+    close_fd(uffd);
+    close_fd(s);
+    return result;
+}
+
+static void after_fork_in_child(void) {
+    if (!captured)
+        return;
+    captured = false;
+    if (hand_over(EDM_HELLO_FORK, anchor_page) == 1)
+        hand_over(EDM_HELLO_NEW, 0);
+}
+
+__attribute__((constructor)) static void edm_app_start(void) {
+    const char *path = getenv(EDM_SOCK_ENV);
+    if (!path || strlen(path) >= sizeof sock_path)
+        return;
+    strcpy(sock_path, path);
+    CALL6(SYS_prctl, PR_SET_THP_DISABLE, 1, 0, 0, 0, 0);
+    if (hand_over(EDM_HELLO_NEW, 0) == 0)
+        pthread_atfork(NULL, NULL, after_fork_in_child);
+}

@@ -1,0 +1,286 @@
+// How programs come to be captured: libedm_app.so connects here before main (and after a fork), hands over its uffd and
+// control page, and starts its sidecar. The capture thread accepts, watches for exits, and sweeps (sweep.c).
+#include "engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define HANDSHAKE_MS 10000  // a program that says nothing this long while handing over is let go uncaptured
+
+static bool send_reply(int s, int32_t status, int fd) {
+    struct edm_reply r = {EDM_CTL_MAGIC, status};
+    union {
+        struct cmsghdr align;
+        char room[CMSG_SPACE(sizeof(int))];
+    } u;
+    memset(&u, 0, sizeof u);
+    struct iovec v = {&r, sizeof r};
+    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
+    if (fd >= 0) {
+        m.msg_control = u.room;
+        m.msg_controllen = sizeof u.room;
+        struct cmsghdr *h = CMSG_FIRSTHDR(&m);
+        h->cmsg_level = SOL_SOCKET;
+        h->cmsg_type = SCM_RIGHTS;
+        h->cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(h), &fd, sizeof fd);
+    }
+    return sendmsg(s, &m, MSG_NOSIGNAL) == (ssize_t)sizeof r;
+}
+
+// One hello; fds that did not come are -1. False when the program hung up or sent something else.
+static bool receive_hello(int s, struct edm_hello *hello, int fds[2]) {
+    union {
+        struct cmsghdr align;
+        char room[CMSG_SPACE(2 * sizeof(int))];
+    } u;
+    fds[0] = fds[1] = -1;
+    struct pollfd p = {s, POLLIN, 0};
+    if (poll(&p, 1, HANDSHAKE_MS) != 1)
+        return false;
+    struct iovec v = {hello, sizeof *hello};
+    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = u.room, .msg_controllen = sizeof u.room};
+    ssize_t n = recvmsg(s, &m, MSG_CMSG_CLOEXEC);
+    struct cmsghdr *h = n > 0 ? CMSG_FIRSTHDR(&m) : NULL;
+    if (h && h->cmsg_level == SOL_SOCKET && h->cmsg_type == SCM_RIGHTS) {
+        size_t bytes = h->cmsg_len - CMSG_LEN(0);
+        memcpy(fds, CMSG_DATA(h), bytes < 2 * sizeof(int) ? bytes : 2 * sizeof(int));
+    }
+    return n == (ssize_t)sizeof *hello && hello->magic == EDM_CTL_MAGIC;
+}
+
+static struct edm_ctl *map_ctl(int fd) {
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st) || st.st_size < EDM_CTL_BYTES)
+        return NULL;
+    struct edm_ctl *c = mmap(NULL, EDM_CTL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (c == MAP_FAILED)
+        return NULL;
+    if (c->magic != EDM_CTL_MAGIC || c->size != EDM_CTL_BYTES || c->staging % PAGE_SIZE_ || c->anchor % PAGE_SIZE_) {
+        munmap(c, EDM_CTL_BYTES);
+        return NULL;
+    }
+    return c;
+}
+
+static int open_proc(int pid, const char *name) {
+    char path[48];
+    snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
+    return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+static struct space *space_of_pid(struct edm_engine *g, int pid) {
+    for (uint32_t i = 0; i < g->nspaces; i++)
+        if (!g->space[i]->dead && g->space[i]->pid == pid && g->space[i]->uffd >= 0)
+            return g->space[i];
+    return NULL;
+}
+
+// What the engine needs of a process, whichever way its uffd came. Takes the control page over.
+static int space_attach(struct space *s, struct edm_ctl *c, int pid) {
+    s->ctl = c;
+    s->pid = pid;
+    s->staging = c->staging;
+    if (s->pidfd < 0)
+        s->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    s->pagemap_fd = open_proc(pid, "pagemap");
+    s->statm_fd = open_proc(pid, "statm");
+    if (s->pidfd < 0 || s->pagemap_fd < 0 || s->statm_fd < 0)
+        return errno ? -errno : -ESRCH;
+    return uffd_register(s, c->staging >> PAGE_SHIFT, (c->staging >> PAGE_SHIFT) + EDM_STAGING_PAGES);
+}
+
+static struct space *admit_new(struct edm_engine *g, int pid, struct edm_ctl *c, int uffd, int *error) {
+    *error = uffd_open_api(g, uffd);
+    if (*error)
+        return NULL;
+    struct space *old = space_of_pid(g, pid);
+    if (old)  // exec: the process has another address space now
+        space_retire(old);
+    struct space *s = space_new(g, &uffd_ops);
+    s->uffd = uffd;
+    *error = space_attach(s, c, pid);
+    s->anchor = c->anchor;
+    if (!*error)
+        *error = uffd_register(s, c->anchor >> PAGE_SHIFT, (c->anchor >> PAGE_SHIFT) + 1);
+    if (!*error)
+        *error = uffd_watch(s);
+    if (*error) {
+        space_retire(s);  // closes the uffd and unmaps the control page
+        return NULL;
+    }
+    return s;
+}
+
+// The child's uffd came with the parent's FORK event; its first touch of the anchor said whose it is.
+static struct space *admit_forked(struct edm_engine *g, int pid, struct edm_ctl *c, int *error) {
+    struct space *s = NULL;
+    for (int ms = 0; ms < HANDSHAKE_MS && !s && !atomic_load(&g->stop); ms++) {
+        s = space_of_pid(g, pid);
+        if (s && s->parent && !s->ctl)
+            break;
+        s = NULL;
+        pthread_mutex_unlock(&g->mu);
+        usleep(1000);
+        pthread_mutex_lock(&g->mu);
+    }
+    if (!s) {
+        *error = EDM_AGAIN_AS_NEW;
+        return NULL;
+    }
+    *error = space_attach(s, c, pid);
+    if (!*error)
+        space_prune_unmapped(s);
+    return s;
+}
+
+struct handshake {
+    struct edm_engine *engine;
+    int s;
+};
+
+static void hand_over(struct edm_engine *g, int sock) {
+    struct ucred cred;
+    socklen_t length = sizeof cred;
+    struct edm_hello hello;
+    int fds[2] = {-1, -1}, none[2], error = 0;
+    if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &length) || !send_reply(sock, 0, g->dev_fd) ||
+        !receive_hello(sock, &hello, fds))
+        goto out;
+    struct edm_ctl *c = map_ctl(fds[0]);
+    if (!c || (hello.kind == EDM_HELLO_NEW && fds[1] < 0))
+        goto out;
+    pthread_mutex_lock(&g->mu);
+    struct space *s;
+    if (hello.kind == EDM_HELLO_NEW) {
+        s = admit_new(g, cred.pid, c, fds[1], &error);
+        fds[1] = s ? -1 : fds[1];
+    } else {
+        s = admit_forked(g, cred.pid, c, &error);
+    }
+    if (!s && error != EDM_AGAIN_AS_NEW)
+        engine_error(g, "process %d cannot be captured: errno %d", cred.pid, -error);
+    if (s && !error)
+        space_sweep(s);
+    if (s)
+        s->refs++;
+    if (!s && error == EDM_AGAIN_AS_NEW)
+        munmap(c, EDM_CTL_BYTES);
+    int uffd = s ? s->uffd : -1;
+    pthread_mutex_unlock(&g->mu);
+    bool alive = send_reply(sock, error, hello.kind == EDM_HELLO_FORK ? uffd : -1) && !error &&
+                 receive_hello(sock, &hello, none);
+    pthread_mutex_lock(&g->mu);
+    if (s && alive && !s->dead) {
+        s->sidecar_pid = __atomic_load_n(&s->ctl->sidecar_pid, __ATOMIC_ACQUIRE);
+        s->sidecar_fd = (int)syscall(SYS_pidfd_open, s->sidecar_pid, 0);
+        s->ready = s->sidecar_fd >= 0;
+        holder_note(g);
+    }
+    if (s)
+        space_unref(s);
+    pthread_mutex_unlock(&g->mu);
+    if (alive)
+        send_reply(sock, 0, -1);
+out:
+    for (int i = 0; i < 2; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+}
+
+static void *handshake_thread(void *arg) {
+    struct handshake h = *(struct handshake *)arg;
+    free(arg);
+    hand_over(h.engine, h.s);
+    close(h.s);
+    pthread_mutex_lock(&h.engine->mu);
+    h.engine->handshakes--;
+    pthread_cond_signal(&h.engine->handshake_done);
+    pthread_mutex_unlock(&h.engine->mu);
+    return NULL;
+}
+
+static void accept_one(struct edm_engine *g) {
+    int s = accept4(g->listen_fd, NULL, NULL, SOCK_CLOEXEC);
+    if (s < 0)
+        return;  // it hung up already, or we are out of descriptors: the program then runs uncaptured
+    struct handshake *h = xcalloc(1, sizeof *h);
+    *h = (struct handshake){g, s};
+    pthread_t t;
+    pthread_mutex_lock(&g->mu);
+    g->handshakes++;
+    pthread_mutex_unlock(&g->mu);
+    if (pthread_create(&t, NULL, handshake_thread, h)) {
+        handshake_thread(h);
+        return;
+    }
+    pthread_detach(t);
+}
+
+// Sweep every space that is due; retire those whose process has gone. Returns whether any mapping is new.
+static bool look_at_spaces(struct edm_engine *g) {
+    bool changed = false;
+    pthread_mutex_lock(&g->mu);
+    for (uint32_t i = 0; i < g->nspaces; i++) {
+        struct space *s = g->space[i];
+        if (s->dead || s->ops != &uffd_ops)
+            continue;
+        if (s->pidfd < 0 && s->pid > 0)
+            s->pidfd = (int)syscall(SYS_pidfd_open, s->pid, 0);
+        if (pidfd_dead(s->pidfd) || (!s->ready && s->ops->gone(s))) {
+            space_retire(s);
+            i = (uint32_t)-1;  // the table has changed
+            continue;
+        }
+        changed |= s->ready && space_sweep(s);
+    }
+    pthread_mutex_unlock(&g->mu);
+    return changed;
+}
+
+void *capture_thread(void *engine) {
+    struct edm_engine *g = engine;
+    prctl(PR_SET_NAME, "edm-capture", 0, 0, 0);
+    uint64_t busy_until = 0;
+    while (!atomic_load(&g->stop)) {
+        // Mappings change in bursts: look more often while they do.
+        bool busy = now_ns() < busy_until;
+        uint64_t us = busy && g->cfg.sweep_us > 1000 ? 1000 : g->cfg.sweep_us;
+        if (!g->nspaces && !g->handshakes)
+            us = 100000;
+        struct timespec t = {.tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000};
+        struct pollfd p = {g->listen_fd, POLLIN, 0};
+        if (ppoll(&p, 1, &t, NULL) == 1)
+            accept_one(g);
+        if (look_at_spaces(g))
+            busy_until = now_ns() + 100000000u;
+    }
+    return NULL;
+}
+
+int edm_engine_listen(struct edm_engine *g, const char *path, uint32_t instance) {
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof a.sun_path)
+        return -ENAMETOOLONG;
+    strcpy(a.sun_path, path);
+    g->instance = instance;
+    g->dev_fd = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (g->listen_fd < 0 || bind(g->listen_fd, (struct sockaddr *)&a, sizeof a) || listen(g->listen_fd, 512))
+        return -errno;
+    if (pthread_create(&g->capture, NULL, capture_thread, g))
+        return -EAGAIN;
+    g->capture_running = true;
+    return 0;
+}

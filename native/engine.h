@@ -1,0 +1,336 @@
+// The fault engine's own declarations; what Python sees of it is in edm_abi.h.
+//
+// One mutex, `engine.mu`, guards every table here. It is held across the short ioctls that resolve a fault, so that
+// state and page never disagree, and released while pages move out (see reclaim.c) and while a DMS is asked.
+#pragma once
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "edm_abi.h"
+#include "sidecar.h"
+
+#define PAGE_SHIFT 12
+#define PAGE_SIZE_ 4096ul
+#define LEAF_PAGES 64
+#define MAX_WORKERS 16
+#define MAX_FETCH 64
+#define RECENT_FAULTS 8
+
+// ---- LSPT -----------------------------------------------------------------------------------------------------
+
+enum page_state {
+    PS_NEW = 0,   // nothing stored anywhere: resolve with zeros
+    PS_RESIDENT,  // in the app
+    PS_FETCHING,  // asked from the DMS; `where` is the fetch slot
+    PS_EVICTING,  // being moved to staging by the LPET
+    PS_STAGED,    // only copy in the write-back buffer; `where` is the outbox item
+    PS_REMOTE,    // acknowledged by the DMS; version and checksum say what must come back
+};
+
+enum page_flag {
+    PF_CLEAN = 1,   // resident, write-protected, and the DMS holds exactly this version
+    PF_STORED = 2,  // the DMS may hold something under this page's id
+    PF_WAITED = 4,  // a thread faulted on it while it was being evicted
+};
+
+// 16 bytes a page.
+struct lspt_entry {
+    uint64_t state : 4, flags : 8, where : 40, version_low : 12;
+    uint32_t version_high;
+    uint32_t checksum;
+};
+_Static_assert(sizeof(struct lspt_entry) == 16, "the LSPT costs 16 bytes a page");
+
+static inline uint64_t entry_version(const struct lspt_entry *e) {
+    return (uint64_t)e->version_high << 12 | e->version_low;
+}
+static inline void entry_set_version(struct lspt_entry *e, uint64_t v) {
+    e->version_low = v & 0xfff;
+    e->version_high = (uint32_t)(v >> 12);
+}
+
+struct space;
+
+// 64 neighbouring pages (256 KiB): the unit of memory in the LSPT and of the LPET's order.
+struct leaf {
+    struct space *space;
+    struct leaf *older, *newer;  // the LPET's list: head is coldest
+    uint64_t base;               // page number of entry 0
+    uint64_t resident;           // bitmap of PS_RESIDENT entries
+    uint64_t refused;            // bitmap: the kernel would not move these (pinned, locked) lately
+    uint32_t refused_at;         // milliseconds, when they refused
+    bool listed;
+    struct lspt_entry e[LEAF_PAGES];
+};
+
+#define RADIX_BITS 10
+#define RADIX_SIZE (1 << RADIX_BITS)
+struct radix2 {
+    struct leaf *leaf[RADIX_SIZE];
+    uint32_t used;
+};
+struct radix1 {
+    struct radix2 *next[RADIX_SIZE];
+    uint32_t used;
+};
+struct lspt {
+    struct radix1 *root[RADIX_SIZE];
+    uint64_t leaves;
+};
+
+// Page numbers below 2^35 (47-bit addresses) are in the table.
+#define LSPT_MAX_PAGE (1ull << 35)
+struct leaf *lspt_leaf(const struct lspt *t, uint64_t page);
+struct leaf *lspt_leaf_make(struct lspt *t, struct space *s, uint64_t page);
+struct lspt_entry *lspt_entry(const struct lspt *t, uint64_t page);
+struct lspt_entry *lspt_entry_make(struct lspt *t, struct space *s, uint64_t page);
+// First leaf that has pages at or after `page`; NULL at the end.
+struct leaf *lspt_next(const struct lspt *t, uint64_t page);
+void lspt_leaf_free(struct lspt *t, struct leaf *leaf);
+
+// ---- address ranges -------------------------------------------------------------------------------------------
+
+// Sorted, disjoint page ranges [a, b): what of a space is registered with its uffd.
+struct ranges {
+    struct range {
+        uint64_t a, b;
+    } *v;
+    uint32_t n, cap;
+};
+void ranges_add(struct ranges *r, uint64_t a, uint64_t b);
+void ranges_del(struct ranges *r, uint64_t a, uint64_t b);
+bool ranges_has(const struct ranges *r, uint64_t page);
+// First stretch of [*a, b) that is not in r: sets [*a, *e) and returns true, or false.
+bool ranges_gap(const struct ranges *r, uint64_t *a, uint64_t b, uint64_t *e);
+void ranges_free(struct ranges *r);
+
+// ---- where faults come from -----------------------------------------------------------------------------------
+
+// Pages on their way out of one space. `dst` windows lie in staging.
+struct move_batch {
+    uint32_t n;
+    uint32_t generation;  // of the space's events when the batch was chosen
+    struct move_window {
+        struct leaf *leaf;  // valid only while the engine's lock has been held since selection; re-looked-up after
+        uint64_t base;
+        uint64_t mask;   // asked for
+        uint64_t clean;  // of those: need not be read, the DMS has them
+        uint64_t moved;  // out: left the app
+        uint64_t busy;   // out: the kernel refused (pinned, locked, shared)
+    } w[EDM_WINDOWS];
+    uint8_t *data;  // out: page i of window w at (w * 64 + i) * 4096, where moved and not clean
+};
+
+// Every call returns 0, or a negative errno that the caller decides on.
+struct source_ops {
+    int (*read)(struct space *s, struct uffd_msg *msgs, int max);  // number read; -EAGAIN: none
+    int (*zero)(struct space *s, uint64_t page);
+    int (*copy)(struct space *s, uint64_t page, const void *data, bool protect);
+    int (*unprotect)(struct space *s, uint64_t page);
+    int (*wake)(struct space *s, uint64_t page, uint64_t count);
+    int (*poison)(struct space *s, uint64_t page);
+    int (*move_out)(struct space *s, struct move_batch *b);
+    void (*drop_out)(struct space *s, struct move_batch *b);
+    int (*forked)(struct space *child, const struct uffd_msg *msg);
+    bool (*gone)(struct space *s);
+    void (*retire)(struct space *s);
+};
+extern const struct source_ops uffd_ops;
+
+// ---- spaces: one captured address space each ------------------------------------------------------------------
+
+struct space {
+    struct edm_engine *engine;
+    const struct source_ops *ops;
+    uint64_t region;  // its name at the DMS
+    struct space *parent;
+    struct lspt lspt;
+    struct ranges known;    // registered
+    struct ranges removed;  // had a REMOVE lately: pages there may predate it, see capture.c
+    uint64_t removed_at_ns;
+    uint64_t resident;
+    uint64_t barrier;  // outbox sequence that must be done before a page of this space is fetched
+    uint32_t refs;     // outbox items, fetch slots and waiting faults that point here
+    bool dead, ready;
+    bool batch_busy;      // the LPET is moving pages out of it
+    bool draining;        // … and waits for staging to be empty again; the control page stays mapped till then
+    bool applying;        // events have been read and not yet applied: nothing else may touch the table
+    pthread_cond_t idle;  // batch_busy, draining or applying fell, or the space died
+    // uffd
+    int uffd, pid, pidfd, sidecar_pid, sidecar_fd, pagemap_fd, statm_fd;
+    uint32_t generation;  // address-space events read so far
+    uint32_t request;     // sidecar requests so far
+    struct edm_ctl *ctl;
+    uint64_t staging, anchor;
+    uint64_t vsz, changed_ns, swept_ns;
+    bool sweep_soon;
+    // replay
+    struct replay *replay;
+};
+
+struct fault {
+    struct space *space;
+    uint64_t page;
+    uint32_t flags;  // UFFD_PAGEFAULT_FLAG_*, and from FAULT_TRY on how often it was fetched in vain
+};
+
+#define FAULT_TRY 0x100u
+
+struct fault_queue {
+    struct fault *v;
+    uint32_t head, n, cap;
+};
+
+// ---- outbox: what the DMS must be told, in order --------------------------------------------------------------
+
+enum outbox_state { OB_FREE = 0, OB_QUEUED, OB_SENT, OB_CANCELLED_IN_FLIGHT };
+
+struct outbox_item {
+    struct space *space;
+    uint64_t seq, page, version;
+    uint64_t a, b, c;  // structural requests: see edm_outbox in edm_abi.h
+    uint32_t slot, checksum;
+    uint32_t next;  // index + 1
+    uint8_t kind, state;
+};
+
+struct write_slot {
+    uint32_t refs, next_free;
+};
+
+struct fetch_slot {
+    struct space *space;
+    uint64_t page, version;
+    uint32_t checksum, flags, next_free;
+    bool used, cancelled;
+};
+
+struct worker {
+    struct edm_page_ref *refs;
+    uint8_t *pages;
+    uint32_t slot[MAX_FETCH];
+    uint32_t n;
+};
+
+struct edm_engine {
+    pthread_mutex_t mu;
+    struct edm_engine_config cfg;
+    struct edm_counters count;
+    uint32_t instance;
+    uint32_t next_region;
+    _Atomic int stop;
+    int epoll, kick;
+    char error[256];
+
+    struct space **space;
+    uint32_t nspaces, cap_spaces;
+
+    // budget, in pages; see budget.c
+    uint64_t resident, inbound, limit, high, low, batch_pages;
+    uint64_t grace;  // faults let through above the limit since nothing could be evicted
+
+    struct leaf *coldest, *hottest;
+    uint32_t reclaim_round;
+    struct {
+        struct space *space;
+        uint64_t page;
+    } recent[RECENT_FAULTS];
+    uint32_t recent_at;
+
+    struct fault_queue waiting;  // resident is at the limit
+    struct fault_queue retry;    // the kernel said EAGAIN, or a barrier is not yet passed
+    struct fault_queue ready;    // for the fault workers, from other threads
+
+    struct worker worker[MAX_WORKERS];
+    struct fetch_slot *fetch;
+    uint32_t nfetch, free_fetch;
+
+    // write-back buffer
+    uint8_t *slots;
+    struct write_slot *slot;
+    uint32_t nslots, free_slot, slots_used;
+    struct outbox_item *item;
+    uint32_t nitems, free_item;
+    uint32_t head, tail, queued;
+    uint64_t seq, done_seq, version;
+    uint64_t first_queued_ns;
+    bool outbox_urgent;
+    struct edm_page_ref *out_refs;
+    uint8_t *out_pages;
+    uint32_t out_item[EDM_OUTBOX_BATCH], out_n;
+
+    pthread_cond_t lpet_wake, outbox_wake;
+    pthread_t lpet, capture;
+    bool lpet_running, capture_running;
+    uint8_t *move_buffer;
+    int listen_fd, dev_fd;
+    int handshakes;
+    pthread_cond_t handshake_done;
+};
+
+// ---- engine.c
+uint64_t now_ns(void);
+void engine_error(struct edm_engine *g, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void engine_kick(struct edm_engine *g);
+void queue_push(struct fault_queue *q, struct space *s, uint64_t page, uint32_t flags);
+bool queue_pop(struct fault_queue *q, struct fault *out);
+void *xcalloc(size_t n, size_t size);
+void *xrealloc(void *p, size_t size);
+
+// ---- space.c
+struct space *space_new(struct edm_engine *g, const struct source_ops *ops);
+struct space *space_fork(struct space *parent);
+void space_retire(struct space *s);
+void space_unref(struct space *s);
+void space_wait_idle(struct space *s);
+void entry_resident(struct space *s, struct leaf *l, struct lspt_entry *e, uint64_t page);
+void entry_leave(struct leaf *l, struct lspt_entry *e);  // no longer resident, state set by the caller
+// Forget pages [a, b): what is stored of them is dropped at the DMS.
+void space_forget(struct space *s, uint64_t a, uint64_t b);
+void space_move(struct space *s, uint64_t from, uint64_t to, uint64_t count);
+
+// ---- events.c [3-5]
+void space_read(struct edm_engine *g, struct space *s, int worker);
+
+// ---- faults.c [5, 12-15]
+void fault_take(struct edm_engine *g, int worker, struct fault f);
+void fetch_cancel(struct edm_engine *g, uint32_t slot);
+
+// ---- writeback.c
+int write_slot_get(struct edm_engine *g);
+void write_slot_put(struct edm_engine *g, uint32_t slot);
+uint8_t *write_slot_data(struct edm_engine *g, uint32_t slot);
+uint32_t outbox_push(struct edm_engine *g, int kind, struct space *s);
+struct outbox_item *outbox_item_at(struct edm_engine *g, uint64_t id);
+void outbox_cancel(struct edm_engine *g, uint64_t id);
+
+// ---- reclaim.c (LPET)
+void *lpet_thread(void *engine);
+void leaf_touch(struct edm_engine *g, struct leaf *l);
+void leaf_unlist(struct edm_engine *g, struct leaf *l);
+void budget_set(struct edm_engine *g);
+void pages_excluded(int pid, struct ranges *out);
+
+// ---- uffd.c, sidecar.c
+int uffd_open_api(struct edm_engine *g, int fd);
+int uffd_register(struct space *s, uint64_t a, uint64_t b);
+int uffd_watch(struct space *s);
+void sidecar_lock(struct space *s);
+void sidecar_unlock(struct space *s);
+int sidecar_move_out(struct space *s, struct move_batch *b);
+void sidecar_drop_out(struct space *s, struct move_batch *b);
+void sidecar_end(struct space *s);
+bool pidfd_dead(int pidfd);
+
+// ---- capture.c: new programs; sweep.c: their mappings
+void *capture_thread(void *engine);
+bool space_sweep(struct space *s);
+void space_prune_unmapped(struct space *s);
+void holder_note(struct edm_engine *g);

@@ -1,0 +1,362 @@
+// What becomes of a fault: resolved here where the engine knows the answer (new page, rescue, first write), asked for
+// where the DMS must tell [5], and installed when the answer is there [12-15].
+#include "engine.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "crc32c.h"
+
+#define MAX_TRIES 4
+
+static bool room(const struct edm_engine *g) { return !g->limit || g->resident + g->inbound < g->limit + g->grace; }
+
+static void over_high(struct edm_engine *g) {
+    if (g->high && g->resident + g->inbound > g->high)
+        pthread_cond_signal(&g->lpet_wake);
+}
+
+static void remember_recent(struct edm_engine *g, struct space *s, uint64_t page) {
+    g->recent[g->recent_at % RECENT_FAULTS].space = s;
+    g->recent[g->recent_at % RECENT_FAULTS].page = page;
+    g->recent_at++;
+}
+
+static void installed(struct edm_engine *g, struct space *s, uint64_t page, uint8_t flags) {
+    struct leaf *l = lspt_leaf_make(&s->lspt, s, page);
+    struct lspt_entry *e = &l->e[page % LEAF_PAGES];
+    e->flags = flags;
+    entry_resident(s, l, e, page);
+    remember_recent(g, s, page);
+    over_high(g);
+}
+
+// A result that does not depend on which call gave it. True when the fault is settled.
+static bool settle(struct edm_engine *g, struct fault f, int r, const char *call) {
+    switch (r) {
+    case -EAGAIN:  // an address-space event is on its way: the fault is looked at again after it
+        g->count.again++;
+        queue_push(&g->retry, f.space, f.page, f.flags);
+        return true;
+    case -ENOENT:  // nothing registered there any more: let the thread look again for itself
+    case -EINVAL:
+        f.space->ops->wake(f.space, f.page, 1);
+        return true;
+    case -ESRCH:  // the address space is gone; its pidfd or a sweep retires it
+        return true;
+    default:
+        engine_error(g, "%s of page %#lx: errno %d", call, (unsigned long)f.page, -r);
+        queue_push(&g->retry, f.space, f.page, f.flags);  // -ENOMEM and the like: the thread waits, nothing is lost
+        return true;
+    }
+}
+
+static void take_new(struct edm_engine *g, struct fault f, bool believed_resident) {
+    int r = f.space->ops->zero(f.space, f.page);
+    if (r == 0) {
+        g->count.zero_fills++;
+        installed(g, f.space, f.page, 0);
+    } else if (r == -EEXIST) {
+        // Two threads faulted on it, or it was touched before its mapping was captured. EEXIST wakes nobody.
+        g->count.repeats++;
+        if (!believed_resident)
+            installed(g, f.space, f.page, 0);
+        f.space->ops->wake(f.space, f.page, 1);
+    } else {
+        settle(g, f, r, "zero-fill");
+    }
+}
+
+static void take_protected(struct edm_engine *g, struct fault f, struct lspt_entry *e) {
+    int r = f.space->ops->unprotect(f.space, f.page);
+    if (r == 0) {
+        g->count.write_protects++;
+        e->flags &= ~PF_CLEAN;
+    } else {
+        settle(g, f, r, "unprotect");
+    }
+}
+
+static void take_staged(struct edm_engine *g, struct fault f, struct lspt_entry *e) {
+    uint64_t id = e->where;
+    struct outbox_item *o = outbox_item_at(g, id);
+    int r = f.space->ops->copy(f.space, f.page, write_slot_data(g, o->slot), false);
+    if (r == 0) {
+        uint8_t flags = (e->flags & PF_STORED) | (o->state == OB_SENT ? PF_STORED : 0);
+        g->count.rescues++;
+        outbox_cancel(g, id);
+        installed(g, f.space, f.page, flags);
+    } else if (r == -EEXIST) {
+        engine_error(g, "page %#lx is both in the program and in the buffer", (unsigned long)f.page);
+        f.space->ops->wake(f.space, f.page, 1);
+    } else {
+        settle(g, f, r, "rescue");
+    }
+}
+
+static int fetch_slot_get(struct edm_engine *g) {
+    if (!g->free_fetch)
+        return -1;
+    uint32_t i = g->free_fetch - 1;
+    g->free_fetch = g->fetch[i].next_free;
+    return (int)i;
+}
+
+static void fetch_slot_put(struct edm_engine *g, uint32_t i) {
+    space_unref(g->fetch[i].space);
+    g->fetch[i] = (struct fetch_slot){.next_free = g->free_fetch};
+    g->free_fetch = i + 1;
+    g->inbound--;
+}
+
+void fetch_cancel(struct edm_engine *g, uint32_t slot) { g->fetch[slot].cancelled = true; }
+
+// Ask the DMS: into this worker's batch, or to the next free worker where there is none, or no place.
+static void take_remote(struct edm_engine *g, int worker, struct fault f, struct lspt_entry *e) {
+    if (f.space->barrier > g->done_seq) {
+        queue_push(&g->retry, f.space, f.page, f.flags);
+        return;
+    }
+    struct worker *w = worker >= 0 ? &g->worker[worker] : NULL;
+    int i = w && w->n < MAX_FETCH ? fetch_slot_get(g) : -1;
+    if (i < 0) {
+        queue_push(&g->ready, f.space, f.page, f.flags);
+        if (worker < 0)
+            engine_kick(g);
+        return;
+    }
+    struct fetch_slot *fs = &g->fetch[i];
+    *fs = (struct fetch_slot){.space = f.space,
+                              .page = f.page,
+                              .version = entry_version(e),
+                              .checksum = e->checksum,
+                              .flags = f.flags,
+                              .used = true};
+    f.space->refs++;
+    g->inbound++;
+    if (e->state == PS_REMOTE)
+        g->count.remote--;
+    e->state = PS_FETCHING;
+    e->where = (uint32_t)i;
+    w->refs[w->n] = (struct edm_page_ref){
+        .region = f.space->region, .index = f.page, .version = fs->version, .checksum = fs->checksum, .status = 2};
+    w->slot[w->n++] = (uint32_t)i;
+}
+
+// Decide one fault. Called with the lock held, by fault workers and (worker -1) by the LPET when room has come.
+void fault_take(struct edm_engine *g, int worker, struct fault f) {
+    struct space *s = f.space;
+    if (s->dead)
+        return;
+    if (f.page >= LSPT_MAX_PAGE) {
+        s->ops->zero(s, f.page);
+        s->ops->wake(s, f.page, 1);
+        return;
+    }
+    struct lspt_entry *e = lspt_entry(&s->lspt, f.page);
+    enum page_state state = e ? (enum page_state)e->state : PS_NEW;
+    if (state == PS_RESIDENT) {
+        if (f.flags & UFFD_PAGEFAULT_FLAG_WP)
+            take_protected(g, f, e);
+        else
+            take_new(g, f, true);
+        return;
+    }
+    if (state == PS_FETCHING) {
+        if (f.flags & UFFD_PAGEFAULT_FLAG_WRITE)
+            g->fetch[e->where].flags |= UFFD_PAGEFAULT_FLAG_WRITE;
+        return;
+    }
+    if (state == PS_EVICTING) {
+        e->flags |= PF_WAITED;
+        return;
+    }
+    if (!room(g)) {
+        g->count.waited++;
+        queue_push(&g->waiting, s, f.page, f.flags);
+        pthread_cond_signal(&g->lpet_wake);
+        return;
+    }
+    if (state == PS_STAGED) {
+        take_staged(g, f, e);
+    } else if (state == PS_REMOTE) {
+        take_remote(g, worker, f, e);
+    } else if (g->cfg.ask) {
+        take_remote(g, worker, f, lspt_entry_make(&s->lspt, s, f.page));
+    } else {
+        take_new(g, f, false);
+    }
+}
+
+// Back to where it was before the request.
+static void unfetch(struct edm_engine *g, struct lspt_entry *e, const struct fetch_slot *fs) {
+    e->where = 0;
+    e->state = fs->version ? PS_REMOTE : PS_NEW;
+    if (fs->version)
+        g->count.remote++;
+}
+
+static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct lspt_entry *e, uint16_t status) {
+    struct space *s = fs->space;
+    g->count.stale++;
+    unfetch(g, e, fs);
+    // An answer may be overtaken by a rename in the outbox: ask again, and give up on the page only when the DMS
+    // keeps answering so. Then the page is lost: the program gets SIGBUS there, never other bytes.
+    if (fs->flags / FAULT_TRY + 1 < MAX_TRIES || s->barrier > g->done_seq) {
+        queue_push(&g->retry, s, fs->page, fs->flags + FAULT_TRY);
+        return;
+    }
+    g->count.lost++;
+    engine_error(g, "page %#lx of region %#lx is lost: the memory server answered status %d", (unsigned long)fs->page,
+                 (unsigned long)s->region, status);
+    int r = s->ops->poison(s, fs->page);
+    if (r && r != -EEXIST)
+        settle(g, (struct fault){s, fs->page, fs->flags}, r, "poison");
+}
+
+// Copy, reading address-space events that stand in the way; 0, or a negative errno that is not EAGAIN's fault.
+static int copy_through_events(struct edm_engine *g, struct fetch_slot *fs, const uint8_t *data, bool protect) {
+    struct space *s = fs->space;
+    for (int tries = 0;; tries++) {
+        if (s->dead || fs->cancelled)
+            return -ECANCELED;
+        int r = s->ops->copy(s, fs->page, data, protect);
+        if (r != -EAGAIN || tries == 100)
+            return r;
+        g->count.again++;
+        space_read(g, s, -1);
+        pthread_mutex_unlock(&g->mu);
+        usleep(20);
+        pthread_mutex_lock(&g->mu);
+    }
+}
+
+static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct edm_page_ref *ref, const uint8_t *data,
+                    bool intact) {
+    struct space *s = fs->space;
+    bool existing = ref->status == 1 && ref->version == fs->version && ref->checksum == fs->checksum && intact;
+    struct lspt_entry *e = lspt_entry(&s->lspt, fs->page);
+    if (!fs->version && ref->status == 0) {
+        unfetch(g, e, fs);
+        take_new(g, (struct fault){s, fs->page, fs->flags}, false);
+        return;
+    }
+    if (!existing) {
+        fetched_wrong(g, fs, e, ref->status);
+        return;
+    }
+    bool protect = g->cfg.track_writes && !(fs->flags & UFFD_PAGEFAULT_FLAG_WRITE);
+    int r = copy_through_events(g, fs, data, protect);
+    if (r == -ECANCELED)
+        return;
+    e = lspt_entry(&s->lspt, fs->page);
+    if (r == 0) {
+        g->count.fetches++;
+        e->where = 0;
+        installed(g, s, fs->page, PF_STORED | (protect ? PF_CLEAN : 0));
+        return;
+    }
+    unfetch(g, e, fs);
+    if (r == -EEXIST) {
+        engine_error(g, "page %#lx is both in the program and at the memory server", (unsigned long)fs->page);
+        s->ops->wake(s, fs->page, 1);
+        return;
+    }
+    settle(g, (struct fault){s, fs->page, fs->flags}, r, "copy");
+}
+
+int edm_resolve(struct edm_engine *g, int worker, int n) {
+    if (worker < 0 || worker >= MAX_WORKERS || n < 0 || (uint32_t)n != g->worker[worker].n)
+        return -EINVAL;
+    struct worker *w = &g->worker[worker];
+    bool intact[MAX_FETCH];
+    for (int i = 0; i < n; i++)
+        intact[i] =
+            w->refs[i].status != 1 || edm_crc32c(w->pages + (size_t)i * PAGE_SIZE_, PAGE_SIZE_) == w->refs[i].checksum;
+    pthread_mutex_lock(&g->mu);
+    for (int i = 0; i < n; i++) {
+        struct fetch_slot *fs = &g->fetch[w->slot[i]];
+        struct space *s = fs->space;
+        while (s->applying && !s->dead && !atomic_load(&g->stop))
+            pthread_cond_wait(&s->idle, &g->mu);
+        if (!fs->cancelled && !s->dead)
+            fetched(g, fs, &w->refs[i], w->pages + (size_t)i * PAGE_SIZE_, intact[i]);
+        if (fs->cancelled && !s->dead)
+            // The page went away while it was fetched; whoever waits there is answered by what is there now.
+            queue_push(&g->ready, s, fs->page, fs->flags & ~UFFD_PAGEFAULT_FLAG_WP);
+        fetch_slot_put(g, w->slot[i]);
+    }
+    w->n = 0;
+    pthread_mutex_unlock(&g->mu);
+    return 0;
+}
+
+static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) {
+    struct fault f;
+    for (uint32_t n = q->n; n > 0 && g->worker[worker].n < MAX_FETCH && queue_pop(q, &f); n--) {
+        if (f.space->applying && !f.space->dead)
+            queue_push(&g->retry, f.space, f.page, f.flags);
+        else
+            fault_take(g, worker, f);
+        space_unref(f.space);
+    }
+}
+
+// Sleep until a uffd is readable, the engine is kicked, or a fault that was put off is due.
+static int wait_readable(struct edm_engine *g, struct epoll_event *ev, int max, int timeout_us, bool soon) {
+    uint64_t spin_end = now_ns() + (uint64_t)g->cfg.spin_us * 1000u;
+    int n;
+    do {
+        n = epoll_wait(g->epoll, ev, max, 0);
+        if (n > 0)
+            return n;
+    } while (!soon && g->cfg.spin_us && now_ns() < spin_end && !atomic_load(&g->stop));
+    int us = soon ? 50 : timeout_us;
+    struct timespec t = {.tv_sec = us / 1000000, .tv_nsec = (long)(us % 1000000) * 1000};
+    return epoll_pwait2(g->epoll, ev, max, &t, NULL);
+}
+
+int edm_poll(struct edm_engine *g, int worker, int timeout_us) {
+    if (worker < 0 || worker >= MAX_WORKERS)
+        return -EINVAL;
+    struct worker *w = &g->worker[worker];
+    struct epoll_event ev[16];
+    uint64_t end = now_ns() + (uint64_t)timeout_us * 1000u;
+    for (;;) {
+        if (atomic_load(&g->stop))
+            return -ESHUTDOWN;
+        pthread_mutex_lock(&g->mu);
+        take_queue(g, &g->ready, worker);
+        take_queue(g, &g->retry, worker);
+        bool soon = g->retry.n || g->ready.n;
+        uint32_t have = w->n;
+        pthread_mutex_unlock(&g->mu);
+        int n = wait_readable(g, ev, 16, have ? 0 : timeout_us, soon);
+        if (n < 0 && errno != EINTR)
+            return -errno;
+        pthread_mutex_lock(&g->mu);
+        for (int i = 0; i < n; i++) {
+            struct space *s = ev[i].data.ptr;
+            if (!s) {
+                uint64_t x;
+                (void)!read(g->kick, &x, sizeof x);  // EAGAIN: another worker took it
+                if (atomic_load(&g->stop))
+                    engine_kick(g);
+                continue;
+            }
+            for (uint32_t k = 0; k < g->nspaces; k++)  // it may have been retired since epoll_wait returned
+                if (g->space[k] == s && !s->dead) {
+                    space_read(g, s, worker);
+                    break;
+                }
+        }
+        have = w->n;
+        pthread_mutex_unlock(&g->mu);
+        if (have)
+            return (int)have;
+        if (now_ns() >= end)
+            return 0;
+    }
+}

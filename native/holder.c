@@ -1,0 +1,73 @@
+// The holder: a sleeping process that shares the DM-Handler's file descriptors, so that every uffd outlives it. While a
+// copy is open, a fault nobody serves waits; if the last one closed, absent pages would silently read as zeros.
+#include "engine.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define HOLDER_PIDS 65536
+
+struct holder_page {
+    _Atomic uint32_t n;
+    int32_t pid[HOLDER_PIDS];
+};
+static struct holder_page *page;
+
+// The processes that must not go on without a uffd; called with the engine's lock held.
+void holder_note(struct edm_engine *g) {
+    if (!page)
+        return;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < g->nspaces && n < HOLDER_PIDS; i++)
+        if (!g->space[i]->dead && g->space[i]->pid > 0)
+            page->pid[n++] = g->space[i]->pid;
+    atomic_store(&page->n, n);
+}
+
+// Both the DM-Handler and whoever could start another are gone: the programs end rather than read zeros.
+static void end_programs(void) {
+    uint32_t n = atomic_load(&page->n);
+    for (uint32_t i = 0; i < n && i < HOLDER_PIDS; i++)
+        kill(page->pid[i], SIGKILL);
+}
+
+static void hold(int handler_fd, int launcher_fd) {
+    prctl(PR_SET_NAME, "edm: holder", 0, 0, 0);
+    setsid();
+    sigset_t all;
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    struct pollfd p = {handler_fd, POLLIN, 0};
+    while (poll(&p, 1, -1) < 0 && errno == EINTR)
+        continue;
+    p.fd = launcher_fd;
+    while (launcher_fd >= 0 && poll(&p, 1, -1) < 0 && errno == EINTR)
+        continue;
+    end_programs();
+    _exit(0);
+}
+
+int edm_holder_start(int32_t launcher_pid) {
+    page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED) {
+        page = NULL;
+        return -errno;
+    }
+    int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    int launcher = launcher_pid > 0 ? (int)syscall(SYS_pidfd_open, launcher_pid, 0) : -1;
+    if (self < 0 || (launcher_pid > 0 && launcher < 0))
+        return -errno;
+    // Like fork, but with one file table for both. Source: clone(2), CLONE_FILES.
+    long pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
+    if (pid == 0)
+        hold(self, launcher);
+    return pid < 0 ? -errno : (int)pid;
+}

@@ -1,0 +1,334 @@
+// The LPET: when more pages are resident than the high threshold allows, cold ones leave until the low one. Coldness is
+// the order in which 256 KiB leaves last took a page in; a leaf's pages leave together, in runs, since a scattered page
+// of a busy program costs an order of magnitude more than one in a run.
+#include "engine.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "crc32c.h"
+
+#define REFUSED_MS 20    // a page the kernel would not move is left alone this long
+#define SCAN_LEAVES 512  // leaves looked at for one batch
+
+static uint64_t at_most(uint64_t x, uint64_t most) { return x < most ? x : most; }
+static uint64_t at_least(uint64_t x, uint64_t least) { return x > least ? x : least; }
+
+// limit: faults wait above it. The pages of one batch sit in staging for a moment, so they come off the budget.
+void budget_set(struct edm_engine *g) {
+    const struct edm_engine_config *c = &g->cfg;
+    uint64_t budget = c->local_pages ? c->local_pages : c->high_pages ? c->high_pages + EDM_STAGING_PAGES : 0;
+    if (!budget)
+        return;
+    g->batch_pages = at_least(at_most(EDM_STAGING_PAGES, budget / 16), 1);
+    g->limit = at_least(budget - at_most(g->batch_pages, budget - 1), 1);
+    g->high = c->high_pages ? at_most(c->high_pages, g->limit) : g->limit - at_most(at_least(g->limit / 32, 1), 512);
+    uint64_t step = at_most(at_least(g->high / 16, 1), 1024);
+    g->low = c->low_pages ? at_most(c->low_pages, g->high) : g->high - at_most(step, g->high);
+}
+
+void leaf_unlist(struct edm_engine *g, struct leaf *l) {
+    if (!l->listed)
+        return;
+    *(l->older ? &l->older->newer : &g->coldest) = l->newer;
+    *(l->newer ? &l->newer->older : &g->hottest) = l->older;
+    l->older = l->newer = NULL;
+    l->listed = false;
+}
+
+// The leaf took a page in: it is the hottest now.
+void leaf_touch(struct edm_engine *g, struct leaf *l) {
+    if (l == g->hottest)
+        return;
+    leaf_unlist(g, l);
+    l->older = g->hottest;
+    if (g->hottest)
+        g->hottest->newer = l;
+    else
+        g->coldest = l;
+    g->hottest = l;
+    l->listed = true;
+}
+
+// The pages around each thread's robust list head: struct pthread, where the kernel clears the thread's id when it
+// exits, at a time when it can no longer wait for a fault (pthread_join would hang).
+void pages_excluded(int pid, struct ranges *out) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%d/task", pid);
+    DIR *d = opendir(path);
+    if (!d)
+        return;
+    for (struct dirent *e; (e = readdir(d));) {
+        int tid = atoi(e->d_name);
+        void *head = NULL;
+        size_t length;
+        if (tid > 0 && syscall(SYS_get_robust_list, tid, &head, &length) == 0 && head) {
+            uint64_t page = (uint64_t)head >> PAGE_SHIFT;
+            ranges_add(out, page ? page - 1 : 0, page + 2);
+        }
+    }
+    closedir(d);
+}
+
+// Bits of the leaf's pages that lie in r.
+static uint64_t ranges_mask(const struct ranges *r, uint64_t base) {
+    uint64_t mask = ~0ull, a = base, e;
+    while (ranges_gap(r, &a, base + LEAF_PAGES, &e)) {
+        for (; a < e; a++)
+            mask &= ~(1ull << (a - base));
+    }
+    return mask;
+}
+
+static uint64_t recent_mask(const struct edm_engine *g, const struct leaf *l) {
+    uint64_t mask = 0;
+    uint64_t n = at_most(RECENT_FAULTS, g->low / 2);
+    for (uint32_t i = 1; i <= n && i <= g->recent_at; i++) {
+        uint32_t k = (g->recent_at - i) % RECENT_FAULTS;
+        if (g->recent[k].space == l->space && g->recent[k].page / LEAF_PAGES == l->base / LEAF_PAGES)
+            mask |= 1ull << (g->recent[k].page % LEAF_PAGES);
+    }
+    return mask;
+}
+
+static uint32_t now_ms(void) { return (uint32_t)(now_ns() / 1000000u); }
+
+static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ranges *excluded) {
+    if (l->refused && now_ms() - l->refused_at > REFUSED_MS)
+        l->refused = 0;
+    uint64_t mask = l->resident & ~l->refused & ~recent_mask(g, l);
+    if (mask)
+        mask &= ranges_mask(&l->space->known, l->base);
+    if (mask && excluded->n)
+        mask &= ~ranges_mask(excluded, l->base);
+    return mask;
+}
+
+static bool can_move_out(const struct space *s) { return s->ready && !s->dead && !s->applying && !s->batch_busy; }
+
+// Keep the first `most` pages of a mask.
+static uint64_t first_bits(uint64_t mask, uint64_t most) {
+    uint64_t out = 0;
+    for (; mask && most; most--) {
+        out |= mask & -mask;
+        mask &= mask - 1;
+    }
+    return out;
+}
+
+static void choose(struct move_batch *b, struct leaf *l, uint64_t mask) {
+    struct move_window *w = &b->w[b->n++];
+    *w = (struct move_window){.leaf = l, .base = l->base, .mask = mask};
+    for (uint64_t m = mask; m; m &= m - 1) {
+        int i = __builtin_ctzll(m);
+        if (l->e[i].flags & PF_CLEAN)
+            w->clean |= 1ull << i;
+        l->e[i].state = PS_EVICTING;
+    }
+}
+
+// Up to `most` of the coldest pages, all of one space.
+static struct space *select_batch(struct edm_engine *g, struct move_batch *b, uint64_t most) {
+    struct space *s = NULL;
+    struct ranges excluded = {0};
+    struct leaf *l = g->coldest, *next;
+    for (uint32_t scanned = 0; l && scanned < SCAN_LEAVES && b->n < EDM_WINDOWS && most; l = next, scanned++) {
+        next = l->newer;
+        if (s && l->space != s)
+            continue;
+        if (!can_move_out(l->space)) {
+            if (next)
+                leaf_touch(g, l);
+            continue;
+        }
+        if (!s && l->space->pid > 0) {
+            ranges_free(&excluded);
+            pages_excluded(l->space->pid, &excluded);
+        }
+        uint64_t mask = first_bits(evictable(g, l, &excluded), most);
+        if (!mask) {
+            if (next)
+                leaf_touch(g, l);  // nothing to have here: look at it again after the others
+            continue;
+        }
+        s = l->space;
+        choose(b, l, mask);
+        most -= (uint64_t)__builtin_popcountll(mask);
+    }
+    ranges_free(&excluded);
+    return s;
+}
+
+static bool all_zero(const uint8_t *page) { return page[0] == 0 && memcmp(page, page + 1, PAGE_SIZE_ - 1) == 0; }
+
+// A page has left the program: into the write-back buffer, unless the DMS has it or there is nothing to store.
+static void stage(struct edm_engine *g, struct leaf *l, int i, bool clean, const uint8_t *data, uint32_t checksum) {
+    struct space *s = l->space;
+    struct lspt_entry *e = &l->e[i];
+    entry_leave(l, e);
+    g->count.evictions++;
+    e->where = 0;
+    uint8_t stored = e->flags & PF_STORED;
+    if (clean) {
+        e->state = PS_REMOTE;
+        e->flags = PF_STORED;
+        g->count.remote++;
+        g->count.evicted_clean++;
+        return;
+    }
+    if (!stored && !g->cfg.ask && all_zero(data)) {
+        e->state = PS_NEW;
+        e->flags = 0;
+        g->count.evicted_zero++;
+        return;
+    }
+    int slot = write_slot_get(g);  // never -1: the batch was not larger than the free part of the buffer
+    memcpy(write_slot_data(g, (uint32_t)slot), data, PAGE_SIZE_);
+    uint32_t id = outbox_push(g, EDM_OUT_EVICT, s);
+    struct outbox_item *o = outbox_item_at(g, id);
+    o->page = o->a = l->base + (uint64_t)i;
+    o->version = ++g->version;
+    o->checksum = checksum;
+    o->slot = (uint32_t)slot;
+    e->state = PS_STAGED;
+    e->where = id;
+    e->flags = stored;
+}
+
+static uint64_t batch_apply(struct edm_engine *g, struct move_batch *b, const uint32_t *checksums) {
+    uint64_t freed = 0;
+    for (uint32_t k = 0; k < b->n; k++) {
+        struct move_window *w = &b->w[k];
+        struct leaf *l = w->leaf;
+        for (uint64_t m = w->mask; m; m &= m - 1) {
+            int i = __builtin_ctzll(m);
+            uint64_t bit = 1ull << i, page = l->base + (uint64_t)i;
+            struct lspt_entry *e = &l->e[i];
+            bool waited = e->flags & PF_WAITED;
+            e->flags &= ~PF_WAITED;
+            if (w->moved & bit) {
+                stage(g, l, i, w->clean & bit, b->data + ((uint64_t)k * 64 + (uint64_t)i) * PAGE_SIZE_,
+                      checksums[k * 64 + (uint32_t)i]);
+                freed++;
+                if (waited)
+                    fault_take(g, -1, (struct fault){l->space, page, 0});
+                continue;
+            }
+            e->state = PS_RESIDENT;
+            if ((w->busy & w->clean & bit) && l->space->ops->unprotect(l->space, page) == 0) {
+                // Shared since a fork, and write-protected: as a dirty page it can be unshared and moved next time.
+                e->flags &= ~PF_CLEAN;
+            } else if (w->busy & bit) {
+                l->refused |= bit;
+                l->refused_at = now_ms();
+                g->count.move_refused++;
+            }
+            if (waited)
+                fault_take(g, -1, (struct fault){l->space, page, UFFD_PAGEFAULT_FLAG_WP});
+        }
+        if (!l->resident)
+            leaf_unlist(g, l);
+    }
+    return freed;
+}
+
+// One batch; returns pages freed. The lock is let go while the pages move.
+static uint64_t reclaim_once(struct edm_engine *g, uint64_t want) {
+    struct move_batch b = {.data = g->move_buffer};
+    static uint32_t checksums[EDM_STAGING_PAGES];
+    uint64_t most = at_most(at_most(want, g->batch_pages), g->nslots - g->slots_used);
+    struct space *s = select_batch(g, &b, most);
+    if (!s)
+        return 0;
+    s->batch_busy = true;
+    b.generation = s->generation;
+    s->refs++;
+    pthread_mutex_unlock(&g->mu);
+    int r = s->ops->move_out(s, &b);
+    for (uint32_t k = 0; k < b.n; k++)
+        for (uint64_t m = b.w[k].moved & ~b.w[k].clean; m; m &= m - 1) {
+            uint32_t i = k * 64 + (uint32_t)__builtin_ctzll(m);
+            checksums[i] = edm_crc32c(b.data + (uint64_t)i * PAGE_SIZE_, PAGE_SIZE_);
+        }
+    pthread_mutex_lock(&g->mu);
+    if (r == -EAGAIN)
+        g->count.move_again++;
+    uint64_t freed = batch_apply(g, &b, checksums);
+    s->batch_busy = false;
+    s->draining = true;
+    pthread_cond_broadcast(&s->idle);
+    pthread_mutex_unlock(&g->mu);
+    s->ops->drop_out(s, &b);
+    pthread_mutex_lock(&g->mu);
+    s->draining = false;
+    pthread_cond_broadcast(&s->idle);
+    space_unref(s);
+    return freed;
+}
+
+// Faults that waited for room, as far as there is room.
+static void admit(struct edm_engine *g, uint32_t at_all_costs) {
+    struct fault f;
+    uint32_t n = g->waiting.n;
+    while (n-- > 0 && (at_all_costs || g->resident + g->inbound < g->limit) && queue_pop(&g->waiting, &f)) {
+        if (at_all_costs && g->resident + g->inbound >= g->limit) {
+            at_all_costs--;
+            g->grace++;
+            g->count.over_limit++;
+        }
+        if (f.space->applying && !f.space->dead)
+            queue_push(&g->waiting, f.space, f.page, f.flags);
+        else
+            fault_take(g, -1, f);
+        space_unref(f.space);
+    }
+    if (g->resident + g->inbound < g->limit)
+        g->grace = 0;
+}
+
+static void lpet_sleep(struct edm_engine *g, uint64_t ns) {
+    uint64_t until = now_ns() + ns;
+    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+    pthread_cond_timedwait(&g->lpet_wake, &g->mu, &t);
+}
+
+void *lpet_thread(void *engine) {
+    struct edm_engine *g = engine;
+    prctl(PR_SET_NAME, "edm-lpet", 0, 0, 0);
+    uint32_t idle_rounds = 0;
+    bool evicting = false;
+    pthread_mutex_lock(&g->mu);
+    while (!atomic_load(&g->stop)) {
+        uint64_t used = g->resident + g->inbound;
+        if (g->high && (used > g->high || g->waiting.n))
+            evicting = true;
+        if (used <= g->low && !g->waiting.n)
+            evicting = false;
+        if (!evicting) {
+            lpet_sleep(g, 20000000);
+            continue;
+        }
+        bool full = g->slots_used >= g->nslots;
+        uint64_t want = used > g->low ? used - g->low : 0;
+        g->reclaim_round++;
+        uint64_t freed = full ? 0 : reclaim_once(g, at_least(want, at_most(g->waiting.n, g->batch_pages)));
+        admit(g, 0);
+        if (freed) {
+            idle_rounds = 0;
+            continue;
+        }
+        // A full buffer means a slow memory server: faults wait for it. Otherwise nothing can leave (pinned, locked,
+        // mid-move): let a fault through rather than hang the program.
+        if (!full && ++idle_rounds > 4 && g->waiting.n)
+            admit(g, 1);
+        lpet_sleep(g, idle_rounds > 4 && !g->waiting.n ? 20000000 : 500000);
+    }
+    pthread_mutex_unlock(&g->mu);
+    return NULL;
+}

@@ -1,0 +1,202 @@
+// The engine's end of the sidecar: the task in a program's address space that moves pages to staging on request.
+// What it says is a hint; which pages left is read from the kernel's pagemap of staging.
+#include "engine.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define GIVE_UP_NS 5000000000u  // a sidecar that does not answer this long is ended
+
+bool pidfd_dead(int pidfd) {
+    struct pollfd p = {pidfd, POLLIN, 0};
+    return pidfd >= 0 && poll(&p, 1, 0) == 1;
+}
+
+static void sidecar_kill(struct space *s) {
+    if (s->sidecar_fd >= 0)
+        syscall(SYS_pidfd_send_signal, s->sidecar_fd, SIGKILL, NULL, 0);
+}
+
+// Waits at most for one run of 32 pages to move. A sidecar that has died cannot be moving.
+void sidecar_lock(struct space *s) {
+    if (!s->ctl || s->sidecar_fd < 0)
+        return;
+    uint64_t start = 0;
+    for (int i = 0;; i++) {
+        uint32_t free_ = EDM_UNLOCKED;
+        if (__atomic_compare_exchange_n(&s->ctl->lock, &free_, EDM_LOCK_ENGINE, false, __ATOMIC_ACQUIRE,
+                                        __ATOMIC_RELAXED))
+            return;
+        if (i < 200) {
+            __builtin_ia32_pause();
+            continue;
+        }
+        struct timespec t = {0, 10000};
+        nanosleep(&t, NULL);
+        if (!start)
+            start = now_ns();
+        if (pidfd_dead(s->sidecar_fd)) {
+            __atomic_store_n(&s->ctl->lock, EDM_LOCK_ENGINE, __ATOMIC_RELEASE);
+            return;
+        }
+        if (now_ns() - start > GIVE_UP_NS)
+            sidecar_kill(s);
+    }
+}
+
+void sidecar_unlock(struct space *s) {
+    if (s->ctl && s->sidecar_fd >= 0)
+        __atomic_store_n(&s->ctl->lock, EDM_UNLOCKED, __ATOMIC_RELEASE);
+}
+
+static void post(struct space *s, uint32_t op) {
+    s->ctl->op = op;
+    __atomic_store_n(&s->ctl->req, ++s->request, __ATOMIC_RELEASE);
+    syscall(SYS_futex, &s->ctl->req, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+// False when the sidecar has died: whatever it had moved by then is in staging. A move that takes seconds has gone
+// wrong, and the sidecar is ended; a drop may take as long as the fault workers are busy.
+static bool answered(struct space *s, bool moving) {
+    uint64_t start = now_ns();
+    for (int i = 0;; i++) {
+        uint32_t done = __atomic_load_n(&s->ctl->done, __ATOMIC_ACQUIRE);
+        if (done == s->request)
+            return true;
+        if (i < 100) {
+            __builtin_ia32_pause();
+            continue;
+        }
+        struct timespec t = {0, 5000000};
+        syscall(SYS_futex, &s->ctl->done, FUTEX_WAIT, done, &t, NULL, 0);
+        if (pidfd_dead(s->sidecar_fd))
+            return __atomic_load_n(&s->ctl->done, __ATOMIC_ACQUIRE) == s->request;
+        if (!moving && atomic_load(&s->engine->stop))
+            return false;
+        if (moving && now_ns() - start > GIVE_UP_NS)
+            sidecar_kill(s);
+    }
+}
+
+static uint64_t staging_of(const struct space *s, uint32_t window) {
+    return s->staging + (uint64_t)window * LEAF_PAGES * PAGE_SIZE_;
+}
+
+static bool staging_present(struct space *s, uint32_t window, uint64_t *present) {
+    uint64_t map[LEAF_PAGES];
+    off_t at = (off_t)(staging_of(s, window) / PAGE_SIZE_ * sizeof map[0]);
+    if (pread(s->pagemap_fd, map, sizeof map, at) != (ssize_t)sizeof map)
+        return false;
+    *present = 0;
+    for (int i = 0; i < LEAF_PAGES; i++)
+        if (map[i] >> 62)  // present, or swapped out by the kernel
+            *present |= 1ull << i;
+    return true;
+}
+
+// Read runs of pages of one window out of staging.
+static bool staging_read(struct space *s, uint32_t window, uint64_t mask, uint8_t *data) {
+    struct iovec local[LEAF_PAGES], remote[LEAF_PAGES];
+    unsigned long n = 0;
+    size_t bytes = 0;
+    while (mask) {
+        int from = __builtin_ctzll(mask);
+        uint64_t rest = ~(mask >> from);
+        int length = rest ? __builtin_ctzll(rest) : LEAF_PAGES - from;
+        local[n] = (struct iovec){data + (size_t)from * PAGE_SIZE_, (size_t)length * PAGE_SIZE_};
+        remote[n] = (struct iovec){(void *)(uintptr_t)(staging_of(s, window) + (size_t)from * PAGE_SIZE_),
+                                   (size_t)length * PAGE_SIZE_};
+        bytes += (size_t)length * PAGE_SIZE_;
+        n++;
+        mask = length + from >= LEAF_PAGES ? 0 : mask >> (from + length) << (from + length);
+    }
+    if (!n)
+        return true;
+    // The sidecar has the same memory and outlives the program's own threads; either will do.
+    return process_vm_readv(s->sidecar_pid, local, n, remote, n, 0) == (ssize_t)bytes ||
+           process_vm_readv(s->pid, local, n, remote, n, 0) == (ssize_t)bytes;
+}
+
+// Pages have left the program and cannot be read: stopping it is the only way it never sees other bytes.
+static void stop_program(struct space *s, const char *why) {
+    engine_error(s->engine, "process %d is stopped: %s", s->pid, why);
+    if (s->pidfd >= 0)
+        syscall(SYS_pidfd_send_signal, s->pidfd, SIGKILL, NULL, 0);
+}
+
+int sidecar_move_out(struct space *s, struct move_batch *b) {
+    struct edm_ctl *c = s->ctl;
+    if (!c || pidfd_dead(s->sidecar_fd) || __atomic_load_n(&c->done, __ATOMIC_ACQUIRE) != s->request) {
+        s->ready = false;  // it has died, or staging is not empty
+        return -ESRCH;
+    }
+    for (uint32_t k = 0; k < b->n; k++) {
+        c->window[k].src = b->w[k].base << PAGE_SHIFT;
+        c->window[k].mask = b->w[k].mask;
+        c->window[k].keep = b->w[k].clean;
+        c->window[k].busy = 0;
+        c->window[k].error = 0;
+    }
+    c->n = b->n;
+    c->drop = 0;
+    c->batch_generation = b->generation;
+    post(s, EDM_OP_MOVE);
+    bool alive = answered(s, true);
+    if (!alive)
+        s->ready = false;
+    int result = 0;
+    for (uint32_t k = 0; k < b->n; k++) {
+        struct move_window *w = &b->w[k];
+        uint64_t present = 0;
+        if (!staging_present(s, k, &present)) {
+            if (!pidfd_dead(s->pidfd))
+                stop_program(s, "its staging area cannot be looked at");
+            continue;
+        }
+        w->moved = present & w->mask;
+        w->busy = c->window[k].busy & w->mask & ~w->moved;
+        if (c->window[k].error == EAGAIN || c->window[k].error == ESTALE)
+            result = -EAGAIN;
+        if (!staging_read(s, k, w->moved & ~w->clean, b->data + (size_t)k * LEAF_PAGES * PAGE_SIZE_) &&
+            !pidfd_dead(s->pidfd))
+            stop_program(s, "its staging area cannot be read");
+    }
+    return result;
+}
+
+// Empty staging. The kernel reports the drop as events that a fault worker must read, so the lock is not held and no
+// batch is under way while the LPET waits here.
+void sidecar_drop_out(struct space *s, struct move_batch *b) {
+    pthread_mutex_lock(&s->engine->mu);
+    uint32_t drop = 0;
+    for (uint32_t k = 0; k < b->n; k++)
+        if (b->w[k].moved)
+            drop |= 1u << k;
+    if (drop && s->ctl && !s->dead) {
+        s->ctl->n = 0;
+        s->ctl->drop = drop;
+        post(s, EDM_OP_MOVE);
+    } else {
+        drop = 0;
+    }
+    pthread_mutex_unlock(&s->engine->mu);
+    if (drop && !answered(s, false))
+        s->ready = false;
+}
+
+void sidecar_end(struct space *s) {
+    if (s->ctl && s->sidecar_fd >= 0)
+        post(s, EDM_OP_EXIT);
+    sidecar_kill(s);
+    if (s->sidecar_fd >= 0)
+        close(s->sidecar_fd);
+    s->sidecar_fd = -1;
+}

@@ -1,0 +1,49 @@
+// What libedm_app.so and the engine share: the control page, and the words of the hand-over.
+//
+// The control area is a memfd mapped into the app (for the sidecar) and into the DM-Handler. The app could scribble on
+// it, so the engine takes nothing from it on trust: which pages moved is read from the kernel's pagemap.
+#pragma once
+#include <stdint.h>
+
+#define EDM_CTL_MAGIC 0x314c5443u /* CTL1 */
+#define EDM_CTL_BYTES (128 * 1024)
+#define EDM_WINDOWS 4 /* staging: 4 windows of 64 pages, 1 MiB */
+#define EDM_STAGING_PAGES (EDM_WINDOWS * 64)
+#define EDM_SOCK_ENV "EDM_INTERNAL_SOCK"
+
+enum edm_op { EDM_OP_NONE = 0, EDM_OP_MOVE = 1, EDM_OP_EXIT = 2 };
+enum edm_lock { EDM_UNLOCKED = 0, EDM_LOCK_SIDECAR = 1, EDM_LOCK_ENGINE = 2 };
+
+struct edm_ctl {
+    uint32_t magic, size;
+    uint32_t req, done;  // futex words: the engine counts req up, the sidecar answers with done = req
+    uint32_t op, n;
+    // Held by the sidecar for one UFFDIO_MOVE, by the engine while it reads the uffd. An address-space event is
+    // therefore never read, nor its system call let go, between the check of `generation` and the move.
+    uint32_t lock;
+    uint32_t generation;        // counts address-space events read
+    uint32_t batch_generation;  // `generation` when the batch was chosen
+    uint32_t drop;              // staging windows to empty first (bitmap)
+    int32_t app_pid, sidecar_pid, uffd, unused;
+    uint64_t staging, anchor, self;
+    struct {
+        uint64_t src;   // address of the window's first page
+        uint64_t mask;  // pages asked for
+        uint64_t keep;  // of those: must not be written to (write-protected)
+        uint64_t busy;  // out: refused with EBUSY or EINVAL
+        int64_t error;  // out: 0, or the errno that ended the window early
+    } window[EDM_WINDOWS];
+};
+
+enum edm_hello_kind { EDM_HELLO_NEW = 1, EDM_HELLO_FORK = 2 };
+
+// App → DM-Handler, with the control memfd (and, if NEW, the uffd) attached.
+struct edm_hello {
+    uint32_t magic, kind;
+};
+// DM-Handler → app. First greeting: /dev/userfaultfd attached where the handler could open it.
+struct edm_reply {
+    uint32_t magic;
+    int32_t status;  // 0, or a negative errno; EDM_AGAIN_AS_NEW: this child must come as a new process
+};
+#define EDM_AGAIN_AS_NEW 1

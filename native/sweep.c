@@ -1,0 +1,277 @@
+// Capture by looking from outside: /proc/PID/maps is read when the program's size has changed, and every private
+// anonymous mapping is registered. Registering late loses nothing: pages touched before stay and join the LSPT.
+#include "engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "pagemap_abi.h"
+
+#define FULL_SWEEP_NS 50000000u        // at least this often, changed or not
+#define REMOVE_SETTLES_NS 1000000000u  // a madvise whose event has been read has dropped its pages by then
+
+struct mapping {
+    uint64_t a, b;  // page numbers
+    bool writable;
+};
+
+struct mappings {
+    struct mapping *v;
+    uint32_t n, cap;
+    bool staging_seen;
+};
+
+static char *read_maps(int pid) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%d/maps", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return NULL;
+    size_t cap = 64 * 1024, n = 0;
+    char *text = xcalloc(1, cap);
+    for (;;) {
+        if (cap - n < 16 * 1024)
+            text = xrealloc(text, cap *= 2);
+        ssize_t r = read(fd, text + n, cap - n - 1);
+        if (r <= 0)
+            break;
+        n += (size_t)r;
+    }
+    close(fd);
+    text[n] = 0;
+    return text;
+}
+
+// Private anonymous memory, the heap included; not stacks the kernel grows, not the vdso, not files.
+static bool parse_line(char *line, struct mapping *m) {
+    unsigned long a, b, inode;
+    char perm[5];
+    int name = 0;
+    if (sscanf(line, "%lx-%lx %4s %*x %*s %lu %n", &a, &b, perm, &inode, &name) < 4)
+        return false;
+    if (perm[3] != 'p' || inode)
+        return false;
+    const char *what = name ? line + name : "";
+    if (*what && strncmp(what, "[heap]", 6) && strncmp(what, "[anon", 5))
+        return false;
+    *m = (struct mapping){a >> PAGE_SHIFT, b >> PAGE_SHIFT, perm[1] == 'w' || !strncmp(perm, "---", 3)};
+    return m->b <= LSPT_MAX_PAGE;
+}
+
+static bool mappings_read(struct space *s, struct mappings *out) {
+    char *text = read_maps(s->pid), *save = NULL;
+    *out = (struct mappings){0};
+    if (!text || !*text) {
+        free(text);
+        return false;
+    }
+    uint64_t sa = s->staging >> PAGE_SHIFT, sb = sa + EDM_STAGING_PAGES, anchor = s->anchor >> PAGE_SHIFT;
+    for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
+        struct mapping m;
+        if (!parse_line(line, &m))
+            continue;
+        if (m.a <= sa && m.b >= sb)
+            out->staging_seen = true;
+        // The kernel may have merged a neighbour with staging or the anchor: those two stay out.
+        uint64_t cut[3][2] = {{sa, sb}, {anchor, anchor + 1}, {m.b, m.b}};
+        if (cut[0][0] > cut[1][0]) {
+            uint64_t t[2] = {cut[0][0], cut[0][1]};
+            memcpy(cut[0], cut[1], sizeof t);
+            memcpy(cut[1], t, sizeof t);
+        }
+        uint64_t at = m.a;
+        for (int i = 0; i < 3; i++) {
+            uint64_t to = cut[i][0] < m.b ? cut[i][0] : m.b;
+            if (to > at) {
+                if (out->n == out->cap) {
+                    out->cap = out->cap ? out->cap * 2 : 128;
+                    out->v = xrealloc(out->v, out->cap * sizeof *out->v);
+                }
+                out->v[out->n++] = (struct mapping){at, to, m.writable};
+            }
+            if (cut[i][1] > at)
+                at = cut[i][1];
+        }
+    }
+    free(text);
+    return true;
+}
+
+static void join_page(struct space *s, uint64_t page) {
+    struct leaf *l = lspt_leaf_make(&s->lspt, s, page);
+    struct lspt_entry *e = &l->e[page % LEAF_PAGES];
+    if (e->state != PS_NEW)
+        return;
+    uint8_t flags = e->flags;
+    entry_resident(s, l, e, page);
+    e->flags = flags & PF_STORED;
+    s->engine->count.joined++;
+}
+
+// Linux before 6.7: look at every page's entry.
+static void join_by_pread(struct space *s, uint64_t a, uint64_t b) {
+    uint64_t map[512];
+    for (uint64_t at = a; at < b;) {
+        uint64_t n = b - at < 512 ? b - at : 512;
+        ssize_t r = pread(s->pagemap_fd, map, n * sizeof map[0], (off_t)(at * sizeof map[0]));
+        if (r <= 0)
+            return;
+        for (ssize_t i = 0; i < r / (ssize_t)sizeof map[0]; i++)
+            if (map[i] >> 63)
+                join_page(s, at + (uint64_t)i);
+        at += (uint64_t)r / sizeof map[0];
+    }
+}
+
+// Pages already there when their mapping was registered.
+static void join_present(struct space *s, uint64_t a, uint64_t b) {
+    struct page_region found[256];
+    struct pm_scan_arg arg = {.size = sizeof arg,
+                              .start = a << PAGE_SHIFT,
+                              .end = b << PAGE_SHIFT,
+                              .vec = (uint64_t)(uintptr_t)found,
+                              .vec_len = 256,
+                              .category_mask = PAGE_IS_PRESENT,
+                              .return_mask = PAGE_IS_PRESENT};
+    while (arg.start < b << PAGE_SHIFT) {
+        long n = ioctl(s->pagemap_fd, PAGEMAP_SCAN, &arg);
+        if (n < 0) {
+            if (errno == ENOTTY)
+                join_by_pread(s, arg.start >> PAGE_SHIFT, b);
+            return;  // the process has gone: nothing to join
+        }
+        for (long i = 0; i < n; i++)
+            for (uint64_t p = found[i].start >> PAGE_SHIFT; p < found[i].end >> PAGE_SHIFT; p++)
+                join_page(s, p);
+        if (arg.walk_end <= arg.start)
+            return;
+        arg.start = arg.walk_end;
+    }
+}
+
+// Join [a, b) except where a REMOVE was seen lately: what is there may be about to go, and if it were evicted before it
+// went, the program would get it back.
+static void join_settled(struct space *s, uint64_t a, uint64_t b) {
+    uint64_t e;
+    while (ranges_gap(&s->removed, &a, b, &e)) {
+        join_present(s, a, e);
+        a = e;
+    }
+}
+
+static void removed_settle(struct space *s) {
+    if (!s->removed.n || now_ns() - s->removed_at_ns < REMOVE_SETTLES_NS)
+        return;
+    struct ranges was = s->removed;
+    s->removed = (struct ranges){0};
+    for (uint32_t i = 0; i < was.n; i++)
+        for (uint64_t at = was.v[i].a, end = was.v[i].b; at < end;) {
+            uint64_t a = at, e = end;
+            bool gap = ranges_gap(&s->known, &a, end, &e);
+            uint64_t to = gap ? a : end;
+            if (to > at)
+                join_present(s, at, to);
+            at = gap ? e : end;
+        }
+    ranges_free(&was);
+}
+
+// Of what was registered just now, only what lies inside one mapping on a second look counts as captured: a mapping
+// that was replaced in between was perhaps never registered.
+static void accept_registered(struct space *s, const struct ranges *fresh) {
+    struct mappings again;
+    if (!mappings_read(s, &again))
+        return;
+    for (uint32_t i = 0; i < fresh->n; i++)
+        for (uint32_t k = 0; k < again.n; k++) {
+            uint64_t a = fresh->v[i].a, b = fresh->v[i].b;
+            if (again.v[k].a <= a && again.v[k].b >= b) {
+                ranges_add(&s->known, a, b);
+                join_settled(s, a, b);
+                break;
+            }
+        }
+    free(again.v);
+}
+
+static bool due(struct space *s) {
+    uint64_t now = now_ns();
+    char text[32];
+    ssize_t n = pread(s->statm_fd, text, sizeof text - 1, 0);
+    if (n <= 0)
+        return false;
+    text[n] = 0;
+    uint64_t vsz = strtoull(text, NULL, 10);
+    bool changed = vsz != s->vsz;
+    s->vsz = vsz;
+    if (changed)
+        s->changed_ns = now;
+    return changed || s->sweep_soon || now - s->swept_ns > FULL_SWEEP_NS;
+}
+
+// Called with the lock held. Returns whether mappings have changed lately.
+bool space_sweep(struct space *s) {
+    if (s->applying || s->statm_fd < 0 || !due(s))
+        return false;
+    s->sweep_soon = false;
+    s->swept_ns = now_ns();
+    s->engine->count.sweeps++;
+    struct mappings now;
+    if (!mappings_read(s, &now))
+        return false;
+    if (!now.staging_seen) {  // exec into something that was not captured
+        free(now.v);
+        space_retire(s);
+        return true;
+    }
+    struct ranges fresh = {0};
+    for (uint32_t i = 0; i < now.n; i++) {
+        if (!now.v[i].writable)
+            continue;
+        uint64_t e;
+        for (uint64_t a = now.v[i].a; ranges_gap(&s->known, &a, now.v[i].b, &e); a = e)
+            if (uffd_register(s, a, e) == 0) {
+                // Not ranges_add: neighbours must be checked one by one.
+                if (fresh.n == fresh.cap)
+                    fresh.v = xrealloc(fresh.v, (fresh.cap = fresh.cap ? fresh.cap * 2 : 64) * sizeof *fresh.v);
+                fresh.v[fresh.n++] = (struct range){a, e};
+            }
+    }
+    free(now.v);
+    if (fresh.n)
+        accept_registered(s, &fresh);
+    removed_settle(s);
+    bool changed = fresh.n > 0;
+    ranges_free(&fresh);
+    return changed;
+}
+
+// A forked child: mappings that were not copied (MADV_DONTFORK) must leave its table, or a later mapping there would be
+// taken for one of them.
+void space_prune_unmapped(struct space *s) {
+    struct mappings now;
+    if (!mappings_read(s, &now))
+        return;
+    uint64_t at = 0;
+    for (uint32_t i = 0; i <= now.n; i++) {
+        uint64_t to = i < now.n ? now.v[i].a : LSPT_MAX_PAGE;
+        if (to > at) {
+            ranges_del(&s->known, at, to);
+            uint64_t anchor = s->anchor >> PAGE_SHIFT;
+            if (anchor >= at && anchor < to) {
+                space_forget(s, at, anchor);
+                space_forget(s, anchor + 1, to);
+            } else {
+                space_forget(s, at, to);
+            }
+        }
+        if (i < now.n)
+            at = now.v[i].b;
+    }
+    free(now.v);
+}

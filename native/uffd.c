@@ -1,0 +1,124 @@
+// The userfaultfd side of a space: one function an ioctl, each result handed to the caller as 0 or -errno.
+#include "engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "uffd_abi.h"
+
+// Source: Documentation/admin-guide/mm/userfaultfd.rst and include/uapi/linux/userfaultfd.h.
+int uffd_open_api(struct edm_engine *g, int fd) {
+    uint64_t need = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE |
+                    UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_MOVE;
+    if (g->cfg.track_writes)
+        need |= UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+    struct uffdio_api api = {.api = UFFD_API, .features = need};
+    return ioctl(fd, UFFDIO_API, &api) ? -errno : 0;
+}
+
+int uffd_register(struct space *s, uint64_t a, uint64_t b) {
+    struct uffdio_register r = {.range = {a << PAGE_SHIFT, (b - a) << PAGE_SHIFT},
+                                .mode = UFFDIO_REGISTER_MODE_MISSING};
+    if (s->engine->cfg.track_writes)
+        r.mode |= UFFDIO_REGISTER_MODE_WP;
+    return ioctl(s->uffd, UFFDIO_REGISTER, &r) ? -errno : 0;
+}
+
+int uffd_watch(struct space *s) {
+    struct epoll_event ev = {.events = EPOLLIN, .data.ptr = s};
+    return epoll_ctl(s->engine->epoll, EPOLL_CTL_ADD, s->uffd, &ev) ? -errno : 0;
+}
+
+static int read_messages(struct space *s, struct uffd_msg *m, int max) {
+    sidecar_lock(s);
+    ssize_t n = read(s->uffd, m, (size_t)max * sizeof *m);
+    int e = errno;
+    // The sidecar's own drops of staging change nothing in the program: they are left out here.
+    ssize_t kept = 0;
+    for (ssize_t i = 0; n > 0 && i < n / (ssize_t)sizeof *m; i++) {
+        if (m[i].event == UFFD_EVENT_REMOVE && m[i].arg.remove.start >= s->staging &&
+            m[i].arg.remove.end <= s->staging + EDM_STAGING_PAGES * PAGE_SIZE_)
+            continue;
+        s->generation += m[i].event != UFFD_EVENT_PAGEFAULT;
+        m[kept++] = m[i];
+    }
+    if (s->ctl)
+        __atomic_store_n(&s->ctl->generation, s->generation, __ATOMIC_RELEASE);
+    sidecar_unlock(s);
+    return n < 0 ? -e : (int)kept;
+}
+
+static int zero(struct space *s, uint64_t page) {
+    struct uffdio_zeropage z = {.range = {page << PAGE_SHIFT, PAGE_SIZE_}};
+    return ioctl(s->uffd, UFFDIO_ZEROPAGE, &z) ? -errno : 0;
+}
+
+static int copy(struct space *s, uint64_t page, const void *data, bool protect) {
+    struct uffdio_copy c = {.dst = page << PAGE_SHIFT,
+                            .src = (uint64_t)(uintptr_t)data,
+                            .len = PAGE_SIZE_,
+                            .mode = protect ? UFFDIO_COPY_MODE_WP : 0};
+    return ioctl(s->uffd, UFFDIO_COPY, &c) ? -errno : 0;
+}
+
+static int unprotect(struct space *s, uint64_t page) {
+    struct uffdio_writeprotect w = {.range = {page << PAGE_SHIFT, PAGE_SIZE_}};
+    return ioctl(s->uffd, UFFDIO_WRITEPROTECT, &w) ? -errno : 0;
+}
+
+static int wake(struct space *s, uint64_t page, uint64_t count) {
+    struct uffdio_range r = {page << PAGE_SHIFT, count << PAGE_SHIFT};
+    return ioctl(s->uffd, UFFDIO_WAKE, &r) ? -errno : 0;
+}
+
+static int poison(struct space *s, uint64_t page) {
+    struct uffdio_poison p = {.range = {page << PAGE_SHIFT, PAGE_SIZE_}};
+    return ioctl(s->uffd, UFFDIO_POISON, &p) ? -errno : 0;
+}
+
+static int forked(struct space *child, const struct uffd_msg *m) {
+    child->uffd = (int)m->arg.fork.ufd;
+    child->anchor = child->parent->anchor;
+    int fl = fcntl(child->uffd, F_GETFL);
+    if (fl < 0 || fcntl(child->uffd, F_SETFL, fl | O_NONBLOCK) || fcntl(child->uffd, F_SETFD, FD_CLOEXEC))
+        return -errno;
+    for (uint32_t i = 0; i < child->parent->known.n; i++)
+        ranges_add(&child->known, child->parent->known.v[i].a, child->parent->known.v[i].b);
+    return uffd_watch(child);
+}
+
+// Nothing is ever mapped at the second page: ENOENT while the address space lives, ESRCH when it is gone.
+static bool gone(struct space *s) { return s->uffd >= 0 && zero(s, 1) == -ESRCH; }
+
+static void retire(struct space *s) {
+    sidecar_end(s);
+    int fds[] = {s->uffd, s->pidfd, s->pagemap_fd, s->statm_fd};
+    if (s->uffd >= 0)
+        epoll_ctl(s->engine->epoll, EPOLL_CTL_DEL, s->uffd, NULL);
+    for (int i = 0; i < 4; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+    s->uffd = s->pidfd = s->pagemap_fd = s->statm_fd = -1;
+    if (s->ctl)
+        munmap(s->ctl, EDM_CTL_BYTES);
+    s->ctl = NULL;
+    holder_note(s->engine);
+}
+
+const struct source_ops uffd_ops = {.read = read_messages,
+                                    .zero = zero,
+                                    .copy = copy,
+                                    .unprotect = unprotect,
+                                    .wake = wake,
+                                    .poison = poison,
+                                    .move_out = sidecar_move_out,
+                                    .drop_out = sidecar_drop_out,
+                                    .forked = forked,
+                                    .gone = gone,
+                                    .retire = retire};

@@ -10,14 +10,14 @@ WERROR := $(if $(CI),ON,OFF)
 TESTS := tests
 PYTEST_ARGS :=
 
-.PHONY: help setup native ctest test demo soak bench docs lint format clean
+.PHONY: help setup native ctest ctest-plain ctest-address ctest-thread test demo soak bench docs lint format clean
 
 help:
 	@echo "make setup   create .venv and install EDM into it, editable"
 	@echo "make native  rebuild the C parts"
 	@echo "make test    C tests (plain and with ASan+UBSan), then pytest"
 	@echo "make demo    a real program in a quarter of the memory it needs"
-	@echo "make soak    the long tests"
+	@echo "make soak    the long tests, and the C tests with TSan"
 	@echo "make bench   the benchmarks"
 	@echo "make docs    write the generated parts of the documentation"
 	@echo "make lint    ruff, mypy --strict, clang-format"
@@ -43,19 +43,19 @@ $(VENV)/.installed: $(VENV)/.tools CMakeLists.txt
 native: setup
 	@$(CMAKE) --build build/editable
 
-ctest: setup
-	@$(CMAKE) -S . -B build/ctest -G Ninja -DEDM_PYTHON=OFF -DEDM_TESTS=ON -DEDM_WERROR=$(WERROR) >/dev/null
-	@$(CMAKE) --build build/ctest
-	@$(CTEST) --test-dir build/ctest --output-on-failure --no-tests=error
-	@$(CMAKE) -S . -B build/ctest-address -G Ninja -DEDM_PYTHON=OFF -DEDM_TESTS=ON -DEDM_WERROR=$(WERROR) \
-	  -DEDM_SANITIZE=address >/dev/null
-	@$(CMAKE) --build build/ctest-address
-	@$(CTEST) --test-dir build/ctest-address --output-on-failure --no-tests=error
+# The C tests three times over: plain, with ASan and UBSan, with TSan (which `make soak` runs).
+ctest: ctest-plain ctest-address
+
+ctest-plain ctest-address ctest-thread: ctest-%: setup
+	@$(CMAKE) -S . -B build/ctest-$* -G Ninja -DEDM_PYTHON=OFF -DEDM_TESTS=ON -DEDM_WERROR=$(WERROR) \
+	  -DEDM_SANITIZE=$(filter-out plain,$*) >/dev/null
+	@$(CMAKE) --build build/ctest-$*
+	@$(CTEST) --test-dir build/ctest-$* --output-on-failure --no-tests=error
 
 test: native ctest
 	$(BIN)/python -m pytest $(TESTS) -m "not soak" $(PYTEST_ARGS)
 
-soak: native
+soak: native ctest-thread
 	$(BIN)/python -m pytest $(TESTS) -m soak $(PYTEST_ARGS)
 
 demo: native

@@ -30,6 +30,8 @@ $(VENV)/.tools: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no python3.11 or later found: install it, or say make PYTHON=…" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is older than 3.11: install a later one, or say make PYTHON=…" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "make: $(PYTHON) has no Python.h: install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)" >&2; exit 2; }
 	@command -v "$${CC:-cc}" >/dev/null || { echo "make: no C compiler: install gcc or clang, or set CC" >&2; exit 2; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.11" "cffi>=2.1" "cmake>=3.22" "ninja>=1.11"

@@ -52,7 +52,7 @@ class Config:
     )
     low: int | None = _setting(None, values.threshold, "evict down to this", "THRESHOLD")
     write_back: int = _setting(16 << 20, values.size, "buffer of pages evicted and not yet acknowledged", "SIZE")
-    sweep_ms: float = _setting(5.0, values.positive, "look for the app's new memory this often", "MS")
+    sweep_ms: float = _setting(5.0, values.sweep_ms, "look for the app's new memory this often", "MS")
     fault_threads: int = _setting(1, values.count, "threads that answer page faults", "N")
     patience_s: float = _setting(60.0, values.positive, "how long a fault may wait for a lost DMS", "SECONDS")
     path: Path | None = _setting(

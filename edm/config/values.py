@@ -6,6 +6,7 @@ percentage of it); it returns the setting's value or raises `UsageError`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,6 +72,14 @@ def positive(raw: Any, _read: Mapping[str, Any]) -> float:
     return number
 
 
+def sweep_ms(raw: Any, _read: Mapping[str, Any]) -> float:
+    """A number of milliseconds that leaves the sweep time to sleep: 0.1 to 10000."""
+    number = positive(raw, _read)
+    if not 0.1 <= number <= 10_000:
+        raise UsageError(f"must be from 0.1 to 10000 milliseconds, not '{raw}'")
+    return number
+
+
 def count(raw: Any, _read: Mapping[str, Any]) -> int:
     """A whole number from 1 to 64."""
     text = str(raw)
@@ -101,7 +110,11 @@ def cpus(raw: Any, _read: Mapping[str, Any]) -> str:
     if text != "auto":
         if isinstance(raw, bool) or not _CPUS.fullmatch(text):
             raise UsageError(f"must be auto or a list of CPU numbers as 0,2-3, not '{raw}'")
-        cpu_numbers(text)
+        usable = os.sched_getaffinity(0)
+        beyond = [str(number) for number in cpu_numbers(text) if number not in usable]
+        if beyond:
+            there = ",".join(map(str, sorted(usable)))
+            raise UsageError(f"CPU {beyond[0]} is not one this process may use ({there})")
     return text
 
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,7 @@ def test_unknown_transport_stops_before_its_options_are_read(given):
         ({"write_back": "10%"}, "--write-back: bad size '10%': use a number with K, M, G or T"),
         ({"sweep_ms": "0"}, "--sweep-ms: must be a number above 0, not '0'"),
         ({"sweep_ms": "nan"}, "--sweep-ms: must be a number above 0, not 'nan'"),
+        ({"sweep_ms": "0.0001"}, "--sweep-ms: must be from 0.1 to 10000 milliseconds, not '0.0001'"),
         ({"fault_threads": "0"}, "--fault-threads: must be a whole number from 1 to 64, not '0'"),
         ({"fault_threads": "two"}, "--fault-threads: must be a whole number from 1 to 64, not 'two'"),
         ({"cpus": "3-1"}, "--cpus: bad list of CPUs '3-1': 3-1 counts down"),
@@ -265,6 +267,13 @@ def test_option_variable_of_an_unknown_plugin_is_refused(given):
 def test_variable_that_is_nearly_a_setting_is_refused(given):
     with pytest.raises(UsageError, match=r"^EDM_LOCAL_MEMROY: no such setting \(did you mean EDM_LOCAL_MEMORY\?\)$"):
         given(env={"EDM_LOCAL_MEMROY": "64M"})
+
+
+def test_cpus_are_ones_there_are(given):
+    usable = sorted(os.sched_getaffinity(0))
+    assert given({"cpus": str(usable[0])}).handler_settings().cpus == (usable[0],)
+    with pytest.raises(UsageError, match=r"^--cpus: CPU 99999 is not one this process may use \("):
+        given({"cpus": f"{usable[0]},99999"})
 
 
 def test_variables_of_others_and_internal_ones_are_left_alone(given):

@@ -81,11 +81,11 @@ def sweep_ms(raw: Any, _read: Mapping[str, Any]) -> float:
 
 
 def count(raw: Any, _read: Mapping[str, Any]) -> int:
-    """A whole number from 1 to 64."""
+    """A whole number from 1 to 16: the engine has room for no more workers."""
     text = str(raw)
     number = int(text) if not isinstance(raw, bool) and re.fullmatch(r"[0-9]{1,9}", text) else 0
-    if not 1 <= number <= 64:
-        raise UsageError(f"must be a whole number from 1 to 64, not '{raw}'")
+    if not 1 <= number <= 16:
+        raise UsageError(f"must be a whole number from 1 to 16, not '{raw}'")
     return number
 
 

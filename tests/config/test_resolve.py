@@ -141,8 +141,8 @@ def test_unknown_transport_stops_before_its_options_are_read(given):
         ({"sweep_ms": "0"}, "--sweep-ms: must be a number above 0, not '0'"),
         ({"sweep_ms": "nan"}, "--sweep-ms: must be a number above 0, not 'nan'"),
         ({"sweep_ms": "0.0001"}, "--sweep-ms: must be from 0.1 to 10000 milliseconds, not '0.0001'"),
-        ({"fault_threads": "0"}, "--fault-threads: must be a whole number from 1 to 64, not '0'"),
-        ({"fault_threads": "two"}, "--fault-threads: must be a whole number from 1 to 64, not 'two'"),
+        ({"fault_threads": "0"}, "--fault-threads: must be a whole number from 1 to 16, not '0'"),
+        ({"fault_threads": "two"}, "--fault-threads: must be a whole number from 1 to 16, not 'two'"),
         ({"cpus": "3-1"}, "--cpus: bad list of CPUs '3-1': 3-1 counts down"),
         ({"cpus": "all"}, "--cpus: must be auto or a list of CPU numbers as 0,2-3, not 'all'"),
         ({"transport": "M PI"}, "--transport: bad name 'M PI': use lower-case letters, digits, - and _"),
@@ -166,7 +166,7 @@ def test_bad_value_names_variable_or_file_and_key(given):
     with pytest.raises(UsageError, match=r"^EDM_KEEP: must be true or false, not 'perhaps'$"):
         given(env={"EDM_KEEP": "perhaps"})
     with pytest.raises(
-        UsageError, match=r"^edm\.toml: fault_threads: must be a whole number from 1 to 64, not 'True'$"
+        UsageError, match=r"^edm\.toml: fault_threads: must be a whole number from 1 to 16, not 'True'$"
     ):
         given(toml="fault_threads = true")
     with pytest.raises(UsageError, match=r"^edm\.toml: 'keep' must be one value$"):

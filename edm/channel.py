@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 class Link(Protocol):
-    """Carries messages between one channel and one memory server. Used by one thread."""
+    """Carries messages between one channel and one memory server. Used by one thread.
+
+    reply: where messages are received.
+    """
+
+    reply: Frame
 
     def send(self, frame: Frame, length: int, deadline: float) -> None:
         """Send the first `length` bytes of `frame`, which may be reused on return.
@@ -30,8 +35,8 @@ class Link(Protocol):
         deadline: `time.monotonic()` after which to give up. Raises `TransportTimeout` or `PeerLost`.
         """
 
-    def receive(self, frame: Frame, until: float) -> int:
-        """Receive one message into `frame`; its length, or 0 if none came before `time.monotonic()` is `until`.
+    def receive(self, until: float) -> int:
+        """Receive one message into `reply`; its length, or 0 if none came before `time.monotonic()` is `until`.
 
         Raises `PeerLost`, or `ProtocolError` for a message larger than the frame.
         """
@@ -65,7 +70,7 @@ class Conversation:
     def __init__(self, link: Link, session: Session, server: int, number: int, resend_s: float | None) -> None:
         self.link = link
         self.out = Frame()
-        self.reply = Frame()
+        self.reply = link.reply
         self._session = session
         self._server = server
         self._number = number
@@ -90,7 +95,7 @@ class Conversation:
         refused the request.
         """
         while True:
-            length = self.link.receive(self.reply, self._until())
+            length = self.link.receive(self._until())
             if length == 0:
                 self._again()
                 continue

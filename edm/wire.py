@@ -29,6 +29,7 @@ MAGIC: Final = int.from_bytes(b"EDMw", "little")
 VERSION: Final = 1
 HEADER: Final = struct.Struct("<IBBHIIQIIII")
 HEADER_BYTES: Final = HEADER.size
+KIND_AT: Final = 5
 REF_BYTES: Final = PAGE_REF.itemsize
 MAX_TEXT_BYTES: Final = 1024
 MAX_CONTROL_BYTES: Final = 256 << 10
@@ -86,21 +87,23 @@ _SHAPES: Final[dict[int, tuple[int, int, int, int]]] = {
 
 
 class Frame:
-    """A buffer for one message of at most `max_pages` pages. Used by one thread at a time.
+    """A buffer for one message, of at most `MAX_MESSAGE_BYTES`. Used by one thread at a time.
 
     view: the whole buffer, writable. refs: the page references of a message, of which the first `count` mean something.
     """
 
     __slots__ = ("_pointer", "array", "capacity", "refs", "view")
 
-    def __init__(self, max_pages: int = MAX_BATCH_PAGES) -> None:
-        self.capacity = max(
-            HEADER_BYTES + max_pages * (REF_BYTES + PAGE_BYTES),
-            HEADER_BYTES + MAX_CONTROL_BYTES,
-        )
+    def __init__(self) -> None:
+        self.capacity = MAX_MESSAGE_BYTES
+        self.renew()
+
+    def renew(self) -> None:
+        """Take a fresh buffer, since a transport has not let go of the old one."""
+        # Memory is taken as it is touched: a frame that only ever holds small messages stays small.
         self.array = np.zeros(self.capacity, np.uint8)
         self.view = self.array.data
-        self.refs: PageRefs = np.frombuffer(self.array, PAGE_REF, max_pages, HEADER_BYTES)
+        self.refs: PageRefs = np.frombuffer(self.array, PAGE_REF, MAX_BATCH_PAGES, HEADER_BYTES)
         self._pointer = ffi.from_buffer(self.array)
 
     def put_refs(self, refs: PageRefs) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
 from edm.errors import EdmError, ProtocolError
-from edm.wire import Frame, Head, Kind, existing, gather, one_line, pack_control, unpack_control
+from edm.wire import HEADER_BYTES, KIND_AT, Frame, Head, Kind, existing, gather, one_line, pack_control, unpack_control
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -72,9 +72,6 @@ class _Last:
     answer: bytes = b""
 
 
-_CarryOut: TypeAlias = "Callable[[Answerer, Head, Hashable, _Last], int]"
-
-
 class Answerer:
     """Answers requests for one `PageServer`; called from one thread.
 
@@ -88,6 +85,11 @@ class Answerer:
         self._server = server
         self._gate = gate or OpenGate()
         self._last: OrderedDict[tuple[Hashable, int], _Last] = OrderedDict()
+        self._carry_out: dict[int, Callable[[Head, Hashable, _Last], int]] = {
+            Kind.GET: self._get,
+            Kind.EVICT: self._evict,
+            Kind.CONTROL: self._control,
+        }
 
     def answer(self, length: int, peer: Hashable) -> int:
         """Answer the message of `length` bytes in `request`; the length of what is in `reply`, 0 for no reply.
@@ -102,6 +104,10 @@ class Answerer:
         except ProtocolError as error:
             return self._refuse_broken(length, error)
 
+    def kind(self, length: int) -> int:
+        """The kind of the message in `request` as its header says it, 0 if it has none."""
+        return self.request.view[KIND_AT] if length >= HEADER_BYTES else 0
+
     def forget(self, peer: Hashable) -> None:
         """Let go of what is remembered of a client that is gone."""
         for key in [key for key in self._last if key[0] == peer]:
@@ -114,7 +120,7 @@ class Answerer:
         return self.reply.seal(Head(Kind.REFUSED, 0, channel, instance, request, text_bytes, 0))
 
     def _dispatch(self, head: Head, peer: Hashable) -> int:
-        carry_out = _CARRY_OUT.get(head.kind)
+        carry_out = self._carry_out.get(head.kind)
         if carry_out is None:
             raise ProtocolError(f"a request of kind {Kind(head.kind).name}")
         if not self._gate.may_use(peer, head.instance):
@@ -126,7 +132,7 @@ class Answerer:
             self.figures.stale += 1
             return 0
         try:
-            return carry_out(self, head, peer, last)
+            return carry_out(head, peer, last)
         except EdmError as error:
             return self.refuse(head.channel, head.request, head.instance, str(error))
 
@@ -193,13 +199,6 @@ class Answerer:
         if asked is None:
             return 0
         return self.refuse(*asked, 0, str(error))
-
-
-_CARRY_OUT: Final[dict[int, _CarryOut]] = {
-    Kind.GET: Answerer._get,
-    Kind.EVICT: Answerer._evict,
-    Kind.CONTROL: Answerer._control,
-}  # noqa: SLF001
 
 
 def _packed(answer: dict[str, Any]) -> bytes:

@@ -1,0 +1,81 @@
+"""What stands before the memory server: one thread at a time, and no more pages for a client than its quota.
+
+Place on the path: between a transport's `serve` and `MemoryServer` [6-10].
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from edm.types import EvictStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edm.interfaces import PageServer, SptStore
+    from edm.types import PageRefs
+
+INSTANCE_SHIFT = 32
+
+
+class GuardedServer:
+    """A `PageServer` around another.
+
+    table: the server's SPT store, asked only when an instance comes near its quota.
+    quota_pages: the most pages of one instance, 0 for no limit; may be changed at any time.
+    """
+
+    def __init__(self, server: PageServer, table: SptStore, quota_pages: int = 0) -> None:
+        self.quota_pages = quota_pages
+        self._server = server
+        self._table = table
+        self._lock = threading.Lock()
+        # Never less than what an instance has: pages counted at the last look, and all evicted since.
+        self._at_most: dict[int, int] = {}
+
+    def get(self, instance: int, refs: PageRefs, into: memoryview) -> None:
+        """See `PageServer`."""
+        with self._lock:
+            self._server.get(instance, refs, into)
+
+    def evict(self, instance: int, refs: PageRefs, pages: memoryview) -> str:
+        """See `PageServer`; a batch that does not fit the quota is refused whole, with nothing changed."""
+        with self._lock:
+            if self.quota_pages and not self._fits(instance, refs):
+                refs["status"] = EvictStatus.FAIL
+                return f"instance {instance} is at its quota of {self.quota_pages} pages"
+            return self._server.evict(instance, refs, pages)
+
+    def control(self, instance: int, request: Mapping[str, Any]) -> dict[str, Any]:
+        """See `PageServer`."""
+        with self._lock:
+            if request.get("op") == "clone_region":
+                # It adds pages without an eviction: count anew at the next one.
+                self._at_most.pop(instance, None)
+            return self._server.control(instance, request)
+
+    def usage(self) -> dict[int, int]:
+        """Pages stored for each instance."""
+        with self._lock:
+            return self._usage()
+
+    def _fits(self, instance: int, refs: PageRefs) -> bool:
+        more = len(refs)
+        at_most = self._at_most.get(instance)
+        if at_most is None or at_most + more > self.quota_pages:
+            # Some of these pages may only replace themselves, others were dropped since: the table knows.
+            at_most = self._usage().get(instance, 0)
+            more -= int(self._table.lookup(refs).found.sum())
+            if at_most + more > self.quota_pages:
+                self._at_most[instance] = at_most
+                return False
+        self._at_most[instance] = at_most + more
+        return True
+
+    def _usage(self) -> dict[int, int]:
+        usage: dict[int, int] = {}
+        for region, pages in self._table.regions().items():
+            instance = region >> INSTANCE_SHIFT
+            usage[instance] = usage.get(instance, 0) + pages
+        return usage

@@ -1,0 +1,194 @@
+"""The DMS's process: opens the stores and the transport that were chosen, says so, and serves until it is told to stop.
+
+Place on the path: one end of the transport [5, 11], with the memory server [6-10] behind it. Started by the launcher of
+a one-command run as `python -m edm.dms.process CONFIG_JSON RUN_DIR`, or by `edm dms`, which calls `run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import setproctitle
+
+from edm.config import Config
+from edm.dms.guard import GuardedServer
+from edm.dms.reports import LauncherReports, notify_reloading, open_reports
+from edm.dms.server import MemoryServer
+from edm.dms.status import StatusSocket
+from edm.errors import EdmError
+from edm.registry import Registry
+from edm.types import RunContext
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from edm.dms.reports import Reports
+    from edm.interfaces import PageStore, SptStore, Transport
+
+TITLE: Final = "edm: dms"
+ROLE: Final = "dms"
+ORPHAN_LOOK_S: Final = 0.5
+"""How often a DMS without its launcher looks whether its DM-Handlers are gone too."""
+STORE_DIR: Final = "store"
+
+
+class DmsProcess:
+    """One DMS, from its settings to its end.
+
+    reload: gives fresh settings at SIGHUP; of these the quota, and what the transport can change, are taken over.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        *,
+        quota_pages: int = 0,
+        reload: Callable[[], tuple[Config, int]] | None = None,
+    ) -> None:
+        self.stop = threading.Event()
+        self._config = config
+        self._run_dir = run_dir
+        self._quota_pages = quota_pages
+        self._reload = reload
+        self._registry = Registry()
+        self._started = time.time()
+        self._guarded: GuardedServer | None = None
+        self._transport: Transport | None = None
+
+    def run(self, reports: Reports) -> None:
+        """Serve until `stop` is set or every peer is gone; then drain, sync and close. Raises `EdmError`."""
+        self._handle_signals(reports)
+        context = self._context()
+        spec = self._registry.transport(self._config.transport)
+        options = self._config.plugin_options("transport", spec.name, spec)
+        with contextlib.ExitStack() as stack:
+            table, pages = open_stores(self._config, context, self._registry)
+            server = stack.enter_context(contextlib.closing(MemoryServer(table, pages)))
+            self._guarded = GuardedServer(server, table, self._quota_pages)
+            self._transport = transport = spec.open(options, context)
+            with StatusSocket(self._run_dir, self.status):
+                reports.ready(str(getattr(transport, "address", spec.name)))
+                transport.serve(self._guarded, self.stop)
+                reports.stopping()
+            # Leaving the transport may mean waiting for other processes: the stores are safe on disk before that.
+            server.close()
+            transport.close()
+
+    def status(self) -> dict[str, Any]:
+        """Figures for `edm dms status`: may be asked from any thread."""
+        assert self._guarded is not None
+        assert self._transport is not None
+        figures = getattr(self._transport, "figures", None)
+        return {
+            "transport": self._config.transport,
+            "address": str(getattr(self._transport, "address", "")),
+            "uptime_s": round(time.time() - self._started, 3),
+            "peers": self._peers(),
+            "quota_pages": self._guarded.quota_pages,
+            "usage_pages": {str(instance): pages for instance, pages in self._guarded.usage().items()},
+            "requests": figures() if figures is not None else {},
+            "store": self._guarded.control(0, {"op": "stat"}),
+        }
+
+    def launcher_gone(self) -> None:
+        """End as soon as no DM-Handler is left: called in a thread of its own."""
+        while self._transport is not None and self._peers():
+            time.sleep(ORPHAN_LOOK_S)
+        self.stop.set()
+
+    def _peers(self) -> int:
+        peers = getattr(self._transport, "peers", None)
+        return int(peers()) if peers is not None else 0
+
+    def _context(self) -> RunContext:
+        store_dir = (self._config.path or self._run_dir) / STORE_DIR
+        store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return RunContext(self._run_dir, store_dir, ROLE)
+
+    def _handle_signals(self, reports: Reports) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
+        # A terminal's Ctrl-C goes to the app of a run, and the DMS ends after it; alone, it is a stop like SIGTERM.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if reports.launched else lambda *_: self.stop.set())
+        if self._reload is not None:
+            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self._do_reload, args=(reports,)).start())
+
+    def _do_reload(self, reports: Reports) -> None:
+        assert self._reload is not None
+        notify_reloading()
+        try:
+            config, quota_pages = self._reload()
+            if self._guarded is not None:
+                self._guarded.quota_pages = quota_pages
+            reload_transport = getattr(self._transport, "reload", None)
+            if reload_transport is not None:
+                spec = self._registry.transport(self._config.transport)
+                reload_transport(config.plugin_options("transport", spec.name, spec))
+        except EdmError as error:
+            # A mistake in the new settings must not end a server in use: it keeps the old ones.
+            print(f"edm: not reloaded: {error}", file=sys.stderr, flush=True)
+        reports.ready(str(getattr(self._transport, "address", self._config.transport)))
+
+
+def open_server(config: Config, context: RunContext, registry: Registry) -> MemoryServer:
+    """The memory server over the stores that were chosen; closing it closes them. Raises `EdmError`."""
+    return MemoryServer(*open_stores(config, context, registry))
+
+
+def open_stores(config: Config, context: RunContext, registry: Registry) -> tuple[SptStore, PageStore]:
+    """The SPT store and page store that were chosen, in `context.store_dir`. Raises `EdmError`."""
+    context.store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    spt_spec, page_spec = registry.spt_store(config.spt_store), registry.page_store(config.page_store)
+    with contextlib.ExitStack() as opened:
+        table = spt_spec.open(config.plugin_options("spt_store", spt_spec.name, spt_spec), context)
+        opened.callback(table.close)
+        pages = page_spec.open(config.plugin_options("page_store", page_spec.name, page_spec), context)
+        opened.pop_all()
+    return table, pages
+
+
+@contextlib.contextmanager
+def reported(run_dir: Path) -> Iterator[LauncherReports | Any]:
+    """Where this process reports to; an `EdmError` inside is reported there, and becomes exit status 2."""
+    reports = open_reports(run_dir, ROLE)
+    try:
+        yield reports
+    except EdmError as error:
+        reports.error(" ".join(str(error).split()))
+        sys.exit(2)
+    finally:
+        reports.close()
+
+
+def run(
+    config: Config,
+    run_dir: Path,
+    *,
+    quota_pages: int = 0,
+    reload: Callable[[], tuple[Config, int]] | None = None,
+) -> None:
+    """Be a DMS until told to stop; reports as it was started (launcher, systemd, person)."""
+    setproctitle.setproctitle(TITLE)
+    with reported(run_dir) as reports:
+        process = DmsProcess(config, run_dir, quota_pages=quota_pages, reload=reload)
+        if isinstance(reports, LauncherReports):
+            reports.when_gone(process.launcher_gone)
+        process.run(reports)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m edm.dms.process CONFIG_JSON RUN_DIR`."""
+    config_json, run_dir = map(Path, arguments)
+    with reported(run_dir):
+        config = Config.read(config_json)
+    run(config, run_dir)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,98 @@
+"""Starting an MPI job, and knowing about being in one, without importing MPI."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from edm.errors import MissingExtra, UsageError
+from edm.types import LaunchPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edm.plugins.transport_mpi import MpiOptions
+
+_PREFIXES: Final = (
+    "PMI_",
+    "PMIX",
+    "OMPI_",
+    "PRTE_",
+    "OPAL_",
+    "OPA_",
+    "ORTE_",
+    "HYDRA_",
+    "HYDI_",
+    "MPI_",
+    "MPIR_",
+    "MPICH",
+    "IPATH_",
+    "HWLOC_XMLFILE",
+)
+_NAMES: Final = ("GFORTRAN_UNBUFFERED_PRECONNECTED",)
+_RANK_VARIABLES: Final = ("PMI_RANK", "PMI_FD", "PMI_SIZE", "PMIX_RANK", "PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK")
+
+_NO_MPIEXEC: Final = (
+    "the transport 'mpi' finds no mpiexec: pip install 'edm[mpich]', or put your MPI's on PATH, "
+    "or say -o transport.mpi.mpiexec=FILE"
+)
+
+
+def under_mpi(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process was started as a rank of an MPI job (mpiexec, mpirun, srun)."""
+    return any(name in environment for name in _RANK_VARIABLES)
+
+
+def strip_mpi_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """A copy without what an MPI launcher put there: an app that is itself an MPI program would take it for its own."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_PREFIXES) and name not in _NAMES
+    }  # fmt: skip
+
+
+def find_mpiexec(option: str = "") -> str:
+    """The mpiexec to start a job with: the option's, the one beside this Python, the one on PATH.
+
+    The one beside this Python comes with the wheel whose library mpi4py loads; another MPI's would start singletons.
+    Raises `UsageError`.
+    """
+    if option:
+        found = shutil.which(option)
+        if found is None:
+            raise UsageError(f"transport.mpi.mpiexec: cannot run '{option}'")
+        return found
+    beside = Path(sys.executable).parent
+    for name in ("mpiexec", "mpirun"):
+        found = shutil.which(name, path=str(beside)) or shutil.which(name)
+        if found is not None:
+            return found
+    raise UsageError(_NO_MPIEXEC)
+
+
+def check(options: MpiOptions) -> None:
+    """Raise `UsageError` where a job could not be started."""
+    if importlib.util.find_spec("mpi4py") is None:
+        raise MissingExtra("the transport 'mpi' needs mpi4py: pip install 'edm[mpich]'")
+    if not under_mpi():
+        find_mpiexec(options.mpiexec)
+
+
+def plan(options: MpiOptions, dms: tuple[str, ...], dm_handler: tuple[str, ...]) -> LaunchPlan:
+    """One job of two programs: rank 0 is the DMS, rank 1 the DM-Handler."""
+    check(options)
+    command = (find_mpiexec(options.mpiexec), "-n", "1", *dms, ":", "-n", "1", *dm_handler)
+    return LaunchPlan((command,), _environment())
+
+
+def _environment() -> dict[str, str]:
+    # For Open MPI, which refuses root and more ranks than cores unless told; MPICH does not look at them.
+    environment = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    if os.geteuid() == 0:
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return environment

@@ -1,0 +1,137 @@
+"""A DM-Handler's channel to one memory server's rank [5, 11].
+
+MPI has no wait with a deadline, and a blocking receive burns a core: requests are tested, in a spin at first and with
+sleeps between after that.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from edm.errors import PeerLost, ProtocolError, TransportTimeout
+from edm.wire import Frame
+
+if TYPE_CHECKING:
+    from edm.plugins.transport_mpi import MpiOptions
+    from edm.plugins.transport_mpi.world import World
+
+BURST: Final = 20
+"""Tests between two looks at the clock."""
+MAX_UNSENT: Final = 2
+"""Messages a server has not taken before the link says that it is lost."""
+
+
+class Wait:
+    """Waits for MPI requests as the options say: spin, then sleep longer and longer.
+
+    closed: set by another thread to end a wait.
+    """
+
+    def __init__(self, options: MpiOptions) -> None:
+        self.closed = False
+        self._spin_s = options.spin_us / 1e6
+        self._sleep_s = options.sleep_us / 1e6
+        self._sleep_max_s = options.sleep_max_us / 1e6
+
+    def until(self, request: Any, until: float, status: Any = None) -> bool:
+        """Whether `request` was complete before `time.monotonic()` was `until`; raises `PeerLost` once closed."""
+        test = request.Test
+        pause_s = self._sleep_s
+        spin_until = 0.0
+        while True:
+            for _ in range(BURST):
+                if test(status):
+                    return True
+            if self.closed:
+                raise PeerLost("the channel is closed")
+            now = time.monotonic()
+            if now >= until:
+                return False
+            if spin_until == 0.0:
+                spin_until = now + self._spin_s
+            if now < spin_until:
+                # The other side may need this very CPU.
+                os.sched_yield()
+            else:
+                time.sleep(min(pause_s, until - now))
+                pause_s = min(pause_s * 1.5, self._sleep_max_s)
+
+
+class MpiLink:
+    """Messages to and from one rank under one tag."""
+
+    def __init__(self, world: World, rank: int, tag: int, options: MpiOptions) -> None:
+        self.reply = Frame()
+        self._world = world
+        self._mpi = world.mpi
+        self._comm = world.comm
+        self._rank = rank
+        self._tag = tag
+        self._wait = Wait(options)
+        self._status = world.mpi.Status()
+        self._receiving: Any = None
+        self._unsent: list[tuple[Any, Any]] = []
+        # Held while MPI is called, so that `close` from another thread takes nothing away from under it.
+        self._using = threading.Lock()
+
+    def send(self, frame: Frame, length: int, deadline: float) -> None:
+        """Send, with the receive for the reply posted before; raises as `Link` says."""
+        with self._using:
+            try:
+                self._expect()
+                self._check_unsent()
+                request = self._comm.Isend([frame.array, length, self._mpi.BYTE], self._rank, self._tag)
+                if self._wait.until(request, deadline):
+                    return
+            except self._mpi.Exception as error:
+                raise self._lost(error) from error
+            # The library may still read the buffer: it keeps that one.
+            self._unsent.append((request, frame.array))
+            frame.renew()
+            raise TransportTimeout("the memory server takes no message")
+
+    def receive(self, until: float) -> int:
+        """Receive into `reply`; a receive that found nothing stays posted and catches a late reply."""
+        with self._using:
+            try:
+                self._expect()
+                if self._wait.until(self._receiving, until, self._status):
+                    self._receiving = None
+                    return int(self._status.Get_count(self._mpi.BYTE))
+            except self._mpi.Exception as error:
+                self._receiving = None
+                if error.Get_error_class() == self._mpi.ERR_TRUNCATE:
+                    raise ProtocolError("a reply larger than any message") from error
+                raise self._lost(error) from error
+            if not self._world.alive(self._rank):
+                raise PeerLost(f"the memory server (MPI rank {self._rank}) has ended")
+            return 0
+
+    def close(self) -> None:
+        """End a wait in another thread, and take the posted receive back; a second call does nothing."""
+        self._wait.closed = True
+        with self._using:
+            if self._receiving is not None:
+                self._receiving.Cancel()
+                self._receiving.Wait()
+                self._receiving = None
+
+    def _expect(self) -> None:
+        if self._wait.closed:
+            raise PeerLost("the channel is closed")
+        if self._receiving is None:
+            self._receiving = self._comm.Irecv(
+                [self.reply.array, self.reply.capacity, self._mpi.BYTE], self._rank, self._tag
+            )
+
+    def _check_unsent(self) -> None:
+        if self._unsent:
+            self._unsent = [waiting for waiting in self._unsent if not waiting[0].Test()]
+            if len(self._unsent) >= MAX_UNSENT:
+                raise PeerLost(f"the memory server (MPI rank {self._rank}) takes no messages")
+
+    def _lost(self, error: Any) -> PeerLost:
+        return PeerLost(f"the memory server (MPI rank {self._rank}) is lost: {' '.join(str(error).split())}")

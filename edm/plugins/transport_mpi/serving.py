@@ -1,0 +1,135 @@
+"""A memory server's rank: takes requests from all DM-Handlers and answers them [6-11].
+
+One thread, one posted receive for whatever comes. Idle, it tests in bursts with sleeps between, which grow from
+`sleep_us` to `sleep_max_us`; a request ends that at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from edm.plugins.transport_mpi.link import BURST
+from edm.wire import Kind
+
+if TYPE_CHECKING:
+    import threading
+
+    from edm.dms.answering import Answerer
+    from edm.plugins.transport_mpi import MpiOptions
+    from edm.plugins.transport_mpi.world import World
+
+log = logging.getLogger(__name__)
+
+MAX_UNSENT: Final = 16
+"""Replies that nobody has taken yet; beyond that no new request is."""
+LOOK_S: Final = 1.0
+"""How often an idle server looks whether its DM-Handlers are still there."""
+GROWTH: Final = 1.05
+"""Factor from one sleep to the next: 50 µs becomes 1 ms in about 50 ms."""
+
+
+class MpiServing:
+    """The serve loop and what it knows of its peers."""
+
+    def __init__(self, world: World, options: MpiOptions, answerer: Answerer) -> None:
+        self.peers = set(world.handlers)
+        self._world = world
+        self._mpi = world.mpi
+        self._comm = world.comm
+        self._options = options
+        self._answerer = answerer
+        self._status = world.mpi.Status()
+        self._receiving: Any = None
+        self._unsent: list[tuple[Any, Any]] = []
+        self._looked = time.monotonic()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set or every DM-Handler has said goodbye or is gone."""
+        spin_s = self._options.spin_us / 1e6
+        first_s, longest_s = self._options.sleep_us / 1e6, self._options.sleep_max_us / 1e6
+        pause_s, busy_until = first_s, 0.0
+        while self.peers and not stop.is_set():
+            if self._burst():
+                pause_s = first_s
+                busy_until = time.monotonic() + spin_s
+                continue
+            now = time.monotonic()
+            if now < busy_until:
+                os.sched_yield()
+                continue
+            self._look(now)
+            time.sleep(pause_s)
+            pause_s = min(pause_s * GROWTH, longest_s)
+        self._stop_receiving()
+
+    def _burst(self) -> bool:
+        """Test for requests some times; answers the first that is there."""
+        if self._unsent and not self._room():
+            return False
+        try:
+            if self._receiving is None:
+                frame = self._answerer.request
+                self._receiving = self._comm.Irecv(
+                    [frame.array, frame.capacity, self._mpi.BYTE], self._mpi.ANY_SOURCE, self._mpi.ANY_TAG
+                )
+            test, status = self._receiving.Test, self._status
+            for _ in range(BURST):
+                if test(status):
+                    self._receiving = None
+                    self._take(status.Get_source(), status.Get_tag(), status.Get_count(self._mpi.BYTE))
+                    return True
+        except self._mpi.Exception as error:
+            self._receiving = None
+            self._failed(error)
+        return False
+
+    def _take(self, source: int, tag: int, length: int) -> None:
+        if self._answerer.kind(length) == Kind.BYE:
+            self.peers.discard(source)
+            self._answerer.forget(source)
+            return
+        length = self._answerer.answer(length, source)
+        if length:
+            self._send(source, tag, length)
+
+    def _send(self, rank: int, tag: int, length: int) -> None:
+        frame = self._answerer.reply
+        request = self._comm.Isend([frame.array, length, self._mpi.BYTE], rank, tag)
+        for _ in range(10 * BURST):
+            if request.Test():
+                return
+        # A large reply goes when its DM-Handler next polls; the others need not wait for that.
+        self._unsent.append((request, frame.array))
+        frame.renew()
+
+    def _room(self) -> bool:
+        self._unsent = [waiting for waiting in self._unsent if not waiting[0].Test()]
+        return len(self._unsent) < MAX_UNSENT
+
+    def _look(self, now: float) -> None:
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        for rank in sorted(self.peers):
+            if not self._world.alive(rank):
+                log.warning("the DM-Handler of MPI rank %d has ended without a goodbye", rank)
+                self.peers.discard(rank)
+                self._answerer.forget(rank)
+
+    def _failed(self, error: Any) -> None:
+        failed = getattr(self._mpi, "ERR_PROC_FAILED", None)
+        if error.Get_error_class() == self._mpi.ERR_TRUNCATE:
+            log.warning("refused a message larger than any of EDM's")
+        elif failed is not None and error.Get_error_class() == failed:
+            self._looked = 0.0
+        else:
+            raise error
+
+    def _stop_receiving(self) -> None:
+        if self._receiving is not None:
+            self._receiving.Cancel()
+            self._receiving.Wait()
+            self._receiving = None

@@ -1,0 +1,7 @@
+"""Contracts that every plugin of a kind passes: our own, and a third party's by subclassing them in a line or two."""
+
+from __future__ import annotations
+
+from edm.testing.transport import TransportContract
+
+__all__ = ["TransportContract"]

@@ -1,0 +1,109 @@
+"""The contract of a transport, for pytest."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import pytest
+
+from edm.config.options import build_options
+from edm.registry import Registry
+from edm.testing.transport_cases import CASES, LAST_CASE, SLOW_CASES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from edm.types import LaunchPlan
+
+LONGEST_S: Final = 90.0
+"""For all cases together; they take about ten seconds."""
+_NAMES: Final = [case.__name__ for case in (*CASES, *SLOW_CASES, LAST_CASE)]
+
+
+class TransportContract:
+    """What a transport must do, tried with real processes, started by its own `plan`.
+
+    Example::
+
+        class TestRdma(TransportContract):
+            transport = "rdma"
+
+    options: the plugin's, as a user would write them; a test may override the fixture `transport_options` where they
+    depend on a directory.
+    """
+
+    transport: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def transport_options(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: ARG003
+        """The options the transport is opened with."""
+        return dict(cls.options)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def results(cls, tmp_path_factory: pytest.TempPathFactory, transport_options: dict[str, Any]) -> dict[str, str]:
+        """For each case "" or its traceback: all cases run once, in one pair of processes."""
+        run_dir = tmp_path_factory.mktemp(cls.transport)
+        return run_contract(cls.transport, transport_options, run_dir)
+
+    @pytest.mark.parametrize("case", _NAMES)
+    def test_case(self, case: str, results: dict[str, str]) -> None:
+        """Each case of `edm.testing.transport_cases`."""
+        if Registry().transport(self.transport).embedded and case in {slow.__name__ for slow in SLOW_CASES}:
+            # It calls the server itself: there is no reply that could be late.
+            assert case not in results
+            return
+        assert results.get(case, "not run") == "", results.get(case, results.get("log"))
+
+    def test_both_sides_end_by_themselves(self, results: dict[str, str]) -> None:
+        """After the goodbye every process ends, and with status 0."""
+        assert results["statuses"] == "", results["log"]
+
+
+def run_contract(transport: str, options: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
+    """Run all cases; the results, with "statuses" (exit statuses that are not 0) and "log" (what was printed)."""
+    (run_dir / "contract.json").write_text(json.dumps({"transport": transport, "options": dict(options)}))
+    spec = Registry().transport(transport)
+    built = build_options(spec.options, options, dict.fromkeys(options, "the contract"), transport)
+    peer = (sys.executable, "-m", "edm.testing.transport_peer")
+    plan = spec.plan(built, (*peer, "dms", str(run_dir)), (*peer, "dm-handler", str(run_dir)))
+    with (run_dir / "log").open("w+") as log:
+        statuses = _run(plan, log, time.monotonic() + LONGEST_S)
+    results: dict[str, str] = {}
+    if (run_dir / "results.json").exists():
+        results = json.loads((run_dir / "results.json").read_text())
+    results["statuses"] = " ".join(f"{command}: {status}" for command, status in statuses.items() if status)
+    results["log"] = (run_dir / "log").read_text()
+    return results
+
+
+def _run(plan: LaunchPlan, log: Any, deadline: float) -> dict[str, int]:
+    environment = {**os.environ, **plan.environment}
+    processes = [
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        for command in plan.commands
+    ]
+    try:
+        return {
+            " ".join(process.args): process.wait(max(deadline - time.monotonic(), 0.1))  # type: ignore[arg-type]
+            for process in processes
+        }
+    except subprocess.TimeoutExpired as error:
+        return {f"{error}": 1}
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                # The session it leads holds what it started.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

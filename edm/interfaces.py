@@ -197,6 +197,14 @@ class FaultSource(Protocol):
 class OutboxItem(Protocol):
     """One ordered message for the DMS: an eviction batch, or a control request."""
 
-    refs: PageRefs | None
-    pages: memoryview | None
-    request: Mapping[str, Any] | None
+    @property
+    def refs(self) -> PageRefs | None:
+        """The batch, for an eviction."""
+
+    @property
+    def pages(self) -> memoryview | None:
+        """Its pages."""
+
+    @property
+    def request(self) -> Mapping[str, Any] | None:
+        """The request, for everything else."""

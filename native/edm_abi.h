@@ -118,6 +118,9 @@ int edm_outbox_poll(struct edm_engine *engine, struct edm_outbox *out, int timeo
 /* The DMS has carried it out (evictions: by refs[i].status); failed pages are sent again after the next poll. */
 void edm_outbox_done(struct edm_engine *engine, const struct edm_outbox *out);
 
+/* May this process use userfaultfd as the engine needs it? 0, -EPERM, -EINVAL (features missing), -ENOSYS … */
+int edm_uffd_check(void);
+
 /* The holder: keeps every file descriptor of this process open after it has died. Returns its pid, or -errno. */
 int edm_holder_start(int32_t launcher_pid);
 

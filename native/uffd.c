@@ -8,18 +8,40 @@
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "uffd_abi.h"
 
+#define FEATURES                                                                                                 \
+    (UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP | \
+     UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_MOVE)
+
 // Source: Documentation/admin-guide/mm/userfaultfd.rst and include/uapi/linux/userfaultfd.h.
 int uffd_open_api(struct edm_engine *g, int fd) {
-    uint64_t need = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE |
-                    UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_MOVE;
+    uint64_t need = FEATURES;
     if (g->cfg.track_writes)
         need |= UFFD_FEATURE_PAGEFAULT_FLAG_WP;
     struct uffdio_api api = {.api = UFFD_API, .features = need};
     return ioctl(fd, UFFDIO_API, &api) ? -errno : 0;
+}
+
+int edm_uffd_check(void) {
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) {
+        int e = errno, dev = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+        if (dev < 0)
+            return -e;
+        fd = ioctl(dev, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+        e = errno;
+        close(dev);
+        if (fd < 0)
+            return -e;
+    }
+    struct uffdio_api api = {.api = UFFD_API, .features = FEATURES};
+    int r = ioctl(fd, UFFDIO_API, &api) ? -errno : 0;
+    close(fd);
+    return r;
 }
 
 int uffd_register(struct space *s, uint64_t a, uint64_t b) {

@@ -1,0 +1,139 @@
+"""The fault engine as Python sees it: thin over `edm._native`.
+
+Place on the path: what a `FaultSource` over the C core does [3-5, 12-15]; called by the DM-Handler's threads. Buffers
+belong to the engine and live as long as it does.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import numpy as np
+
+from edm._native import ffi, lib
+from edm.errors import NativeError
+from edm.types import PAGE_BYTES, PAGE_REF
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from edm.config.settings import HandlerSettings
+    from edm.interfaces import OutboxItem
+    from edm.types import PageRefs
+
+FETCH_PAGES: Final = 64
+MAX_PIDS: Final = 65536
+_REQUESTS: Final[dict[int, Callable[[Any], dict[str, Any]]]] = {
+    lib.EDM_OUT_CREATE: lambda o: {"op": "create_region", "region": o.region},
+    lib.EDM_OUT_CLONE: lambda o: {"op": "clone_region", "region": o.a, "into": o.region},
+    lib.EDM_OUT_MOVE: lambda o: {"op": "move_pages", "region": o.region, "start": o.a, "to": o.b, "count": o.c},
+    lib.EDM_OUT_DROP: lambda o: {"op": "drop_pages", "ranges": [[o.region, o.a, o.b]]},
+    lib.EDM_OUT_DROP_REGION: lambda o: {"op": "drop_region", "region": o.region},
+}
+
+
+@attrs.frozen(slots=True)
+class Outgoing:
+    """One outbox message: an eviction batch (refs and pages), or a control request."""
+
+    refs: PageRefs | None = None
+    pages: memoryview | None = None
+    request: Mapping[str, Any] | None = None
+
+
+class Engine:
+    """LSPT, LPET, write-back buffer and fault resolution; see native/edm_abi.h for every call's terms."""
+
+    def __init__(self, settings: HandlerSettings) -> None:
+        config = ffi.new(
+            "struct edm_engine_config *",
+            {
+                "local_pages": settings.local_pages,
+                "high_pages": settings.high_pages,
+                "low_pages": settings.low_pages,
+                "write_back_pages": settings.write_back_pages,
+                "sweep_us": int(settings.sweep_ms * 1000),
+                "track_writes": settings.track_writes,
+                "ask": settings.ask,
+            },
+        )
+        self.native = lib.edm_engine_new(config)
+        if not self.native:
+            raise NativeError(ffi.errno, "edm_engine_new")
+        workers = range(settings.fault_threads)
+        self._refs = [
+            np.frombuffer(
+                ffi.buffer(lib.edm_worker_refs(self.native, w), FETCH_PAGES * PAGE_REF.itemsize), PAGE_REF, FETCH_PAGES
+            )
+            for w in workers
+        ]
+        self._pages = [
+            memoryview(ffi.buffer(lib.edm_worker_pages(self.native, w), FETCH_PAGES * PAGE_BYTES)) for w in workers
+        ]
+        self._out = ffi.new("struct edm_outbox *")
+        self._counters = ffi.new("struct edm_counters *")
+        self._counter_names = [name for name, _ in ffi.typeof("struct edm_counters").fields]
+        self._closed = False
+
+    def poll_faults(self, worker: int, timeout_us: int) -> int:
+        """Serve faults until pages must be fetched (their number), the time is over (0), or the end (-1)."""
+        count: int = lib.edm_poll(self.native, worker, timeout_us)
+        if count >= 0:
+            return count
+        if count == -errno.ESHUTDOWN:
+            return -1
+        raise NativeError(-count, "edm_poll")
+
+    def fault_batch(self, worker: int, count: int) -> tuple[PageRefs, memoryview]:
+        """Views of the worker's first `count` refs and pages."""
+        return self._refs[worker][:count], self._pages[worker][: count * PAGE_BYTES]
+
+    def resolve(self, worker: int, count: int) -> None:
+        """Install the worker's fetched pages and wake who waits for them."""
+        result = lib.edm_resolve(self.native, worker, count)
+        if result:
+            raise NativeError(-result, "edm_resolve")
+
+    def poll_outbox(self, timeout_us: int) -> Outgoing | None:
+        """The next message for the DMS, None after the timeout; raises EOFError at the end."""
+        out = self._out
+        result = lib.edm_outbox_poll(self.native, out, timeout_us)
+        if result == 0:
+            return None
+        if result < 0:
+            raise EOFError
+        if out.kind == lib.EDM_OUT_EVICT:
+            refs = np.frombuffer(ffi.buffer(out.refs, out.n * PAGE_REF.itemsize), PAGE_REF, out.n)
+            return Outgoing(refs=refs, pages=memoryview(ffi.buffer(out.pages, out.n * PAGE_BYTES)))
+        return Outgoing(request={**_REQUESTS[out.kind](out), "sequence": out.sequence})
+
+    def outbox_done(self, item: OutboxItem) -> None:
+        """Note that the message polled last, which is `item`, has been carried out."""
+        del item  # there is one message at a time; the engine has its refs
+        lib.edm_outbox_done(self.native, self._out)
+
+    def counters(self) -> dict[str, int]:
+        """All counters of `struct edm_counters`, by name."""
+        lib.edm_engine_counters(self.native, self._counters)
+        return {name: getattr(self._counters, name) for name in self._counter_names}
+
+    def error(self) -> str:
+        """The first internal error, "" if there was none."""
+        return str(ffi.string(lib.edm_engine_error(self.native)).decode(errors="replace"))
+
+    def pids(self) -> list[int]:
+        """Processes captured and alive."""
+        out = ffi.new("int32_t[]", MAX_PIDS)
+        return list(out[0 : lib.edm_engine_pids(self.native, out, MAX_PIDS)])
+
+    def stop(self) -> None:
+        """End all polls; the outbox still hands out what is queued."""
+        lib.edm_engine_stop(self.native)
+
+    def close(self) -> None:
+        """Free everything; no thread may be inside a call. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            lib.edm_engine_free(self.native)

@@ -1,0 +1,232 @@
+"""The DM-Handler's main program: `python -m edm.handler.process RUN_DIR`.
+
+It reads RUN_DIR/config.json, reports to the launcher over RUN_DIR/control.sock (one JSON object a line), and serves
+until the launcher says finish, or, when the launcher has gone, until the last captured program has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import setproctitle
+
+from edm._native import lib
+from edm.config import Config
+from edm.errors import EdmError, NativeError, TransportError
+from edm.handler.workers import Workers
+from edm.registry import Registry
+from edm.types import RunContext
+
+if TYPE_CHECKING:
+    from edm.interfaces import FaultSource, PageServer, Transport
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S: Final = 0.2
+DRAIN_S: Final = 30.0
+
+
+class Launcher:
+    """The line to `edm run`: events go there, commands come from it."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(str(path))
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self.pid: int = struct.unpack("3i", credentials)[0]
+        self.commands: queue.Queue[str] = queue.Queue()
+        self._lock = threading.Lock()
+        self.gone = False
+
+    def listen(self) -> None:
+        """Start reading commands into `commands`."""
+        threading.Thread(target=self._read, name="edm-control", daemon=True).start()
+
+    def say(self, event: str, **details: Any) -> None:
+        """Send one event; a launcher that has gone hears nothing."""
+        line = json.dumps({"role": "dm-handler", "pid": os.getpid(), "event": event, **details}) + "\n"
+        with self._lock:
+            try:
+                self._socket.sendall(line.encode())
+            except OSError:
+                self.gone = True
+
+    def _read(self) -> None:
+        try:
+            with self._socket.makefile("r") as lines:
+                for line in lines:
+                    self.commands.put(json.loads(line)["command"])
+        except (OSError, ValueError) as error:
+            log.debug("the launcher's line broke: %s", error)
+        self.gone = True
+        self.commands.put("launcher gone")
+
+
+def start_holder(launcher_pid: int) -> int:
+    """Start the process that keeps every uffd when this one dies; returns its pid. Before any thread is started."""
+    pid: int = lib.edm_holder_start(launcher_pid)
+    if pid < 0:
+        raise NativeError(-pid, "starting the holder")
+    return pid
+
+
+def end_holder(pid: int) -> None:
+    """End the holder, once no program needs it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+class DmHandler:
+    """One DM-Handler: opened in order, closed in reverse."""
+
+    def __init__(self, config: Config, run_dir: Path, launcher: Launcher) -> None:
+        self._config = config
+        self._launcher = launcher
+        self._failure: queue.Queue[BaseException] = queue.Queue()
+        registry = Registry()
+        context = RunContext(
+            run_dir=run_dir, store_dir=Path(config.path or run_dir) / "store", role="dm-handler", deadline_s=10.0
+        )
+        self._server: PageServer | None = None
+        self._transport = self._open_transport(registry, context)
+        self._control = self._transport.connect()
+        answer = self._control.control(
+            {"op": "hello", "client": f"{socket.gethostname()}:{os.getpid()}", "protocol": 1}
+        )
+        if not answer.get("ok"):
+            raise EdmError(f"the memory server refused this DM-Handler: {answer.get('error')}")
+        settings = config.handler_settings()
+        spec = registry.fault_source(config.fault_source)
+        self.source: FaultSource = spec.open(config.plugin_options("fault_source", spec.name, spec), settings, context)
+        self.source.start(int(answer["instance"]))
+        self._workers = Workers(
+            self.source,
+            self._transport,
+            fault_threads=settings.fault_threads,
+            patience_s=settings.patience_s,
+            cpus=settings.cpus,
+            failed=self._failed,
+            warn=lambda text: launcher.say("warning", message=text),
+        )
+        self._workers.start()
+
+    def _open_transport(self, registry: Registry, context: RunContext) -> Transport:
+        spec = registry.transport(self._config.transport)
+        options = self._config.plugin_options("transport", spec.name, spec)
+        if not spec.embedded:
+            return spec.open(options, context)
+        from edm.dms.process import open_server  # noqa: PLC0415 (only an embedded DMS needs the stores here)
+
+        self._server = open_server(self._config, context, registry)
+        return spec.open(options, context, self._server)
+
+    def _failed(self, error: BaseException) -> None:
+        self._failure.put(error)
+        self._launcher.commands.put("failed")
+
+    def serve(self) -> None:
+        """Report counters until told to finish; raises what a worker raised."""
+        while True:
+            try:
+                command = self._launcher.commands.get(timeout=REPORT_EVERY_S)
+            except queue.Empty:
+                command = "report"
+            if not self._failure.empty():
+                raise self._failure.get()
+            if command == "finish":
+                return
+            if command == "pids":
+                self._launcher.say("pids", pids=self._pids())
+            if self._launcher.gone and not self.source.counters()["spaces"]:
+                return
+            self._launcher.say("counters", counters=self.source.counters(), error=self._engine_error())
+
+    def _pids(self) -> list[int]:
+        pids = getattr(self.source, "pids", None)
+        return pids() if pids else []
+
+    def _engine_error(self) -> str:
+        error = getattr(self.source, "error", None)
+        return error() if error else ""
+
+    def close(self) -> dict[str, int]:
+        """Wait for the programs' ends to be noticed, send what is queued, say goodbye; returns the last counters."""
+        end = time.monotonic() + DRAIN_S
+        while self.source.counters()["spaces"] and time.monotonic() < end:
+            time.sleep(0.002)
+        counters = self.source.counters()
+        self.source.stop()
+        if not self._workers.join(DRAIN_S):
+            raise EdmError("a worker did not end: the memory server keeps it waiting")
+        try:
+            self._control.control({"op": "bye"})
+        except TransportError as error:
+            log.debug("goodbye: %s", error)  # it may have gone first; everything was acknowledged
+        self._control.close()
+        self._transport.close()
+        close = getattr(self._server, "close", None)
+        if close:
+            close()
+        self.source.close()
+        return counters
+
+
+def run(run_dir: Path) -> int:
+    """Serve a run; returns the exit status."""
+    setproctitle.setproctitle("edm: dm-handler")
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_IGN)  # a terminal's keys are for the program
+    launcher = Launcher(run_dir / "control.sock")
+    holder = start_holder(launcher.pid)
+    try:
+        launcher.listen()
+        handler = DmHandler(Config.read(run_dir / "config.json"), run_dir, launcher)
+        launcher.say("ready", holder=holder, environment=handler.source.prepare({}))
+        handler.serve()
+        launcher.say("finished", counters=handler.close(), error="")
+    except EdmError as error:
+        launcher.say("error", message=str(error), holder=holder)
+        return _leave(holder, launcher)
+    except Exception as error:
+        log.exception("the DM-Handler failed")
+        launcher.say("error", message=f"internal error: {type(error).__name__}: {error}", holder=holder)
+        return _leave(holder, launcher)
+    end_holder(holder)
+    return 0
+
+
+def _leave(holder: int, launcher: Launcher) -> int:
+    """After an error: the launcher ends the programs and the holder. Without a launcher the holder does so itself."""
+    if launcher.gone:
+        return 1
+    end = time.monotonic() + DRAIN_S
+    while time.monotonic() < end and not launcher.gone:
+        time.sleep(0.01)
+    del holder
+    return 1
+
+
+def main() -> None:
+    """Entry point of the module."""
+    logging.basicConfig(level=os.environ.get("EDM_INTERNAL_LOG", "WARNING"), format="edm: dm-handler: %(message)s")
+    sys.stdout.flush()
+    status = run(Path(sys.argv[1]))
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # threads may hang in a transport that no longer answers
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

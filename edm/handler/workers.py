@@ -1,0 +1,167 @@
+"""The DM-Handler's threads between the fault source and the DMS.
+
+Place on the path: a fault worker pulls faults [3-5], fetches over its channel [5-11] and resolves [12-15]; the
+write-back thread carries evictions and structural requests, in order. Both wait out a DMS that does not answer, up to
+the run's patience; after that the run ends, and the programs with it, rather than go on with pages missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from edm.errors import EdmError, TransportError, TransportTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from edm.interfaces import Channel, FaultSource, OutboxItem, Transport
+    from edm.types import PageRefs
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+POLL_US: Final = 200_000
+RETRY_S: Final = (0.0, 0.01, 0.05, 0.2, 0.5)
+WARN_EVERY_S: Final = 5.0
+
+
+class Workers:
+    """All threads of one DM-Handler.
+
+    failed: called once, from the thread that failed, with the error that ends the run. warn: called now and then with
+    one line about what is being waited for.
+    """
+
+    def __init__(
+        self,
+        source: FaultSource,
+        transport: Transport,
+        *,
+        fault_threads: int,
+        patience_s: float,
+        cpus: Sequence[int] = (),
+        failed: Callable[[BaseException], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._source = source
+        self._transport = transport
+        self._patience_s = patience_s
+        self._cpus = cpus
+        self._failed = failed
+        self._warn = warn
+        self._warned_at = float("-inf")
+        self._stopping = threading.Event()
+        self._threads = [
+            threading.Thread(
+                target=self._guard, args=(self._serve_faults, worker), name=f"edm-fault-{worker}", daemon=True
+            )
+            for worker in range(fault_threads)
+        ]
+        self._write_back = threading.Thread(
+            target=self._guard, args=(self._carry_outbox,), name="edm-write-back", daemon=True
+        )
+
+    def start(self) -> None:
+        """Start every thread."""
+        for thread in (*self._threads, self._write_back):
+            thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the threads after the source was stopped; False if one is still busy after `timeout_s`."""
+        self._stopping.set()
+        end = time.monotonic() + timeout_s
+        for thread in (*self._threads, self._write_back):
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in (*self._threads, self._write_back))
+
+    def _guard(self, body: Callable[..., None], *arguments: int) -> None:
+        try:
+            body(*arguments)
+        except BaseException as error:
+            log.debug("a worker failed", exc_info=True)
+            self._failed(error)
+
+    def _serve_faults(self, worker: int) -> None:
+        if self._cpus:
+            os.sched_setaffinity(0, self._cpus)
+        source, channel = self._source, self._transport.connect()
+        poll, resolve, batch, fetch = source.poll_faults, source.resolve, source.fault_batch, channel.fetch
+        while (count := poll(worker, POLL_US)) >= 0:
+            if count == 0:
+                continue
+            refs, pages = batch(worker, count)
+            try:
+                fetch(refs, pages)
+            except TransportError as error:
+                self._again(error, partial(fetch, refs, pages))
+            resolve(worker, count)
+        channel.close()
+
+    def _carry_outbox(self) -> None:
+        channel = self._transport.connect()
+        refused = 0
+        while True:
+            try:
+                item = self._source.poll_outbox(POLL_US)
+            except EOFError:
+                break
+            if item is None:
+                continue
+            if item.refs is None:
+                self._control(channel, item)
+            else:
+                refused = self._evict(channel, item.refs, item, refused)
+            self._source.outbox_done(item)
+        channel.close()
+
+    def _control(self, channel: Channel, item: OutboxItem) -> None:
+        assert item.request is not None
+        request = item.request
+        try:
+            answer = channel.control(request)
+        except TransportError as error:
+            answer = self._again(error, lambda: channel.control(request))
+        if not answer.get("ok"):
+            raise EdmError(f"the memory server refused {request['op']}: {answer.get('error', 'no reason given')}")
+
+    def _evict(self, channel: Channel, refs: PageRefs, item: OutboxItem, refused: int) -> int:
+        """Carry an eviction batch; returns how many times in a row the DMS has refused."""
+        assert item.pages is not None
+        pages = item.pages
+        try:
+            why = channel.evict(refs, pages)
+        except TransportError as error:
+            why = self._again(error, lambda: channel.evict(refs, pages))
+        if not refs["status"].any():
+            return 0
+        # The pages stay in the write-back buffer and go out again; programs wait when it is full. Nothing is lost.
+        self._say(f"the memory server cannot store pages ({why or 'no reason given'}); waiting for room")
+        if not self._stopping.is_set():
+            time.sleep(min(0.01 * 2**refused, 1.0))
+        return min(refused + 1, 7)
+
+    def _again(self, first: TransportError, call: Callable[[], T]) -> T:
+        """Repeat a call the DMS did not answer, until it does or patience ends."""
+        error, end = first, time.monotonic() + self._patience_s
+        attempt = 0
+        while time.monotonic() < end:
+            self._say(f"the memory server does not answer ({error}); waiting up to {self._patience_s:g} s")
+            if not isinstance(error, TransportTimeout):
+                time.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+            attempt += 1
+            try:
+                return call()
+            except TransportError as again:
+                error = again
+        raise error
+
+    def _say(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._warned_at >= WARN_EVERY_S:
+            self._warned_at = now
+            self._warn(text)

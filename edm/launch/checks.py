@@ -1,0 +1,114 @@
+"""What can be refused before anything is started: commands, directories, budgets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from edm.errors import EdmError, UsageError
+from edm.sizes import format_size
+from edm.types import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from edm.config import Config
+    from edm.registry import Registry
+
+MIN_LOCAL_PAGES: Final = 64
+"""The least local memory: an instruction may need a few pages at once, each thread's control pages never leave."""
+MAX_SHEBANGS: Final = 4
+_PT_INTERP: Final = 3
+_ELF: Final = b"\x7fELF"
+
+
+class CommandError(EdmError):
+    """The program cannot be started; status is the exit status a shell would give (126 or 127)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def find_program(name: str) -> Path:
+    """The file that `name` starts, as a shell finds it; raises `CommandError`."""
+    found = shutil.which(name)
+    if found:
+        return Path(found)
+    path = Path(name)
+    if "/" not in name or not path.exists():
+        raise CommandError(f"{name}: command not found", 127)
+    if path.is_dir():
+        raise CommandError(f"{name}: is a directory", 126)
+    raise CommandError(f"{name}: permission denied (not executable)", 126)
+
+
+def check_capturable(program: Path) -> None:
+    """Raise `UsageError` for a program into which the dynamic linker will not load `libedm_app.so`."""
+    for _ in range(MAX_SHEBANGS):
+        with program.open("rb") as file:
+            head = file.read(4096)
+        if not head.startswith(b"#!"):
+            break
+        words = head[2:].split(b"\n", 1)[0].split()
+        interpreter = Path(os.fsdecode(words[0])) if words else None
+        if interpreter is None or not interpreter.exists():
+            return
+        if interpreter.name == "env" and len(words) > 1:
+            named = shutil.which(os.fsdecode(words[1]))
+            interpreter = Path(named) if named else interpreter
+        program = interpreter
+    if head.startswith(_ELF) and not _has_interpreter(head):
+        raise UsageError(
+            f"{program} is statically linked: EDM reaches a program through the dynamic linker, "
+            "so it cannot be captured (--uncaptured runs it all the same, with its memory all local)"
+        )
+    mode = program.stat()
+    if mode.st_mode & (stat.S_ISUID | stat.S_ISGID) and os.geteuid() not in {0, mode.st_uid}:
+        raise UsageError(
+            f"{program} is set-uid: the dynamic linker ignores LD_PRELOAD for it, so it cannot be captured "
+            "(--uncaptured runs it all the same, with its memory all local)"
+        )
+
+
+def _has_interpreter(head: bytes) -> bool:
+    """Whether a 64-bit ELF file names a dynamic linker. Source: elf(5), PT_INTERP."""
+    if head[4] != 2:
+        raise UsageError("a 32-bit program cannot be captured: EDM's library is 64-bit")
+    order = "<" if head[5] == 1 else ">"
+    offset, size, count = (
+        struct.unpack_from(f"{order}Q", head, 32)[0],
+        struct.unpack_from(f"{order}H", head, 54)[0],
+        struct.unpack_from(f"{order}H", head, 56)[0],
+    )
+    starts = [offset + size * i for i in range(count)]
+    return any(
+        struct.unpack_from(f"{order}I", head, start)[0] == _PT_INTERP for start in starts if start + 4 <= len(head)
+    )
+
+
+def check_budget(config: Config) -> None:
+    """Raise `UsageError` for a budget smaller than the machinery needs."""
+    if config.local_memory is not None and config.local_memory < MIN_LOCAL_PAGES * PAGE_BYTES:
+        raise UsageError(
+            f"--local-memory {format_size(config.local_memory)} is too small: "
+            f"EDM needs at least {format_size(MIN_LOCAL_PAGES * PAGE_BYTES)}"
+        )
+
+
+def check_directory(path: Path) -> None:
+    """Raise `UsageError` if files cannot be made in `path`."""
+    if not path.is_dir():
+        raise UsageError(f"--path {path}: no such directory")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"--path {path}: permission denied (cannot create files there)")
+
+
+def check_plugins(config: Config, registry: Registry) -> None:
+    """Have the chosen fault source and transport say whether they can work here; raises `UsageError`."""
+    source = registry.fault_source(config.fault_source)
+    source.check(config.plugin_options("fault_source", source.name, source))
+    transport = registry.transport(config.transport)
+    transport.check(config.plugin_options("transport", transport.name, transport))

@@ -1,0 +1,78 @@
+"""The launcher's end of control.sock: events from the DM-Handler and the DMS, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import queue
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+@attrs.frozen
+class Event:
+    """One line: who says it, what, and the rest. `event` "gone": the process's line has ended."""
+
+    role: str
+    event: str
+    details: Mapping[str, Any]
+
+
+class Control:
+    """Listens for the run's processes; events arrive in `events` in the order each process sent them."""
+
+    def __init__(self, path: Path) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self._peers: dict[str, socket.socket] = {}
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        threading.Thread(target=self._accept, name="edm-control", daemon=True).start()
+
+    def send(self, role: str, command: str) -> bool:
+        """Send a command to a process; False if it is not there."""
+        peer = self._peers.get(role)
+        if peer is None:
+            return False
+        try:
+            peer.sendall(json.dumps({"command": command}).encode() + b"\n")
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        self._listener.close()
+        for peer in self._peers.values():
+            try:
+                peer.shutdown(socket.SHUT_RDWR)
+            except OSError:  # it hung up first
+                continue
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._read, args=(peer,), name="edm-control-peer", daemon=True).start()
+
+    def _read(self, peer: socket.socket) -> None:
+        role = "unknown"
+        try:
+            with peer.makefile("r") as lines:
+                for line in lines:
+                    details = json.loads(line)
+                    role = str(details.pop("role"))
+                    self._peers[role] = peer
+                    self.events.put(Event(role, str(details.pop("event")), details))
+        except (OSError, ValueError, KeyError) as error:
+            self.events.put(Event(role, "error", {"message": f"its messages cannot be read: {error}"}))
+        self._peers.pop(role, None)
+        self.events.put(Event(role, "gone", {}))

@@ -1,0 +1,115 @@
+"""The user's program: started with its own standard streams, its signals passed on, its end made ours."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+WATCHED: Final = (*FORWARDED, signal.SIGCHLD)
+SI_KERNEL: Final = 0x80
+"""A signal's code when the terminal driver sent it: the program has had it too. Source: sigaction(2)."""
+GRACE_S: Final = 10.0
+INSIST: Final = 3
+"""So many Ctrl-C or SIGTERM, and the program is killed."""
+
+
+@attrs.define
+class Ending:
+    """How the program ended: a wait status, and whether the user asked for the end."""
+
+    status: int
+    asked: bool = False
+
+    @property
+    def signal(self) -> int:
+        """The signal it died of, 0 if none."""
+        return os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else 0
+
+    @property
+    def code(self) -> int:
+        """Its exit status; 128 + signal if it died of one."""
+        return 128 + self.signal if self.signal else os.WEXITSTATUS(self.status)
+
+
+def block_signals() -> set[signal.Signals]:
+    """Hold back the watched signals from now on; returns the mask before, which the program gets."""
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED))  # type: ignore[arg-type]
+
+
+class Program:
+    """One program, started at once."""
+
+    def __init__(
+        self, path: str, arguments: list[str], environment: Mapping[str, str], mask: Iterable[signal.Signals]
+    ) -> None:
+        # Python ignores these two; a program expects the default.
+        defaults = (signal.SIGPIPE, signal.SIGXFSZ)
+        self.pid = os.posix_spawn(path, arguments, environment, setsigmask=mask, setsigdef=defaults)
+        self.started = time.monotonic()
+        self._interrupts = 0
+        self._kill_at = float("inf")
+        self.asked = False
+
+    def wait(self, timeout_s: float) -> Ending | None:
+        """Pass signals on until the program ends or the time is over."""
+        end = time.monotonic() + timeout_s
+        while (left := end - time.monotonic()) > 0:
+            info = signal.sigtimedwait(WATCHED, left)
+            if info is not None and info.si_signo != signal.SIGCHLD:
+                self._forward(info)
+            if time.monotonic() > self._kill_at:
+                self.kill()
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return Ending(status, self.asked)
+            self._reap_orphans()
+        return None
+
+    def kill(self) -> None:
+        """End it now."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def _forward(self, info: signal.struct_siginfo) -> None:
+        number = info.si_signo
+        if info.si_code != SI_KERNEL:
+            os.kill(self.pid, number)
+        if number in {signal.SIGINT, signal.SIGTERM}:
+            self._interrupts += 1
+            self.asked = True
+            if number == signal.SIGTERM:
+                self._kill_at = min(self._kill_at, time.monotonic() + GRACE_S)
+            if self._interrupts >= INSIST:
+                self.kill()
+
+    def _reap_orphans(self) -> None:
+        """Sidecars, and programs whose parent has gone, come to us (we are their subreaper)."""
+        try:
+            info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if info is not None and info.si_pid not in {0, self.pid} and info.si_pid not in KEPT:
+            os.waitpid(info.si_pid, os.WNOHANG)
+
+
+KEPT: Final[set[int]] = set()
+"""Children of ours that somebody else waits for."""
+
+
+def die_like(ending: Ending) -> int:
+    """Exit status for ours; or, if the program died of a signal, die of the same one (without a core file)."""
+    if ending.signal:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if ending.signal not in {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(ending.signal, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {ending.signal})
+        os.kill(os.getpid(), ending.signal)
+    return ending.code

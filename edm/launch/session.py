@@ -1,0 +1,304 @@
+"""One run, from the first process to the last file: start, watch, finish."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from edm.errors import EdmError
+from edm.launch.control import Control, Event
+from edm.launch.program import KEPT, Ending, Program, block_signals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from edm.config import Config
+    from edm.launch.rundir import RunDir
+    from edm.types import LaunchPlan
+
+READY_S: Final = 60.0
+TICK_S: Final = 0.1
+END_S: Final = 20.0
+PR_SET_CHILD_SUBREAPER: Final = 36
+LISTS: Final = ("LD_PRELOAD", "GLIBC_TUNABLES")
+"""Variables that are colon-separated lists: ours goes first, the user's stays."""
+
+
+@attrs.define
+class Outcome:
+    """How a run went. counters: the engine's last. peak_bytes: largest anonymous resident memory sampled outside."""
+
+    ending: Ending
+    seconds: float
+    counters: dict[str, int]
+    peak_bytes: int
+    warnings: list[str]
+    startup_s: float
+
+
+class RunFailed(EdmError):
+    """EDM itself could not go on; the program was ended rather than shown wrong bytes."""
+
+
+class Session:
+    """The processes of one run."""
+
+    def __init__(self, config: Config, run_dir: RunDir, roles: Sequence[str]) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._waiting_for = set(roles)
+        self._control = Control(run_dir.sockets / "control.sock")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._additions: Mapping[str, str] = {}
+        self._holder = 0
+        self._finished = self._finishing = False
+        self._failure: str | None = None
+        self.counters: dict[str, int] = {}
+        self.warnings: list[str] = []
+        self._pids: list[int] | None = None
+        self._mask = block_signals()
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def start(self, plan: LaunchPlan) -> None:
+        """Start the plan's processes and wait until each has reported ready; raises `RunFailed`."""
+        with self._run_dir.log("edm").open("ab") as log:
+            for command in plan.commands:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, **plan.environment},
+                    start_new_session=True,  # a terminal's keys are for the program
+                    preexec_fn=_unblock_signals,  # noqa: PLW1509 (one async-signal-safe call)
+                )
+                self._processes.append(process)
+                KEPT.add(process.pid)
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Wait until every role has reported ready."""
+        end = time.monotonic() + READY_S
+        while self._waiting_for:
+            self._take_events(TICK_S)
+            if self._failure:
+                raise RunFailed(self._failure)
+            if signal.sigtimedwait({signal.SIGINT, signal.SIGTERM}, 0):
+                raise KeyboardInterrupt
+            dead = [p for p in self._processes if p.poll() is not None]
+            if dead and self._waiting_for:
+                self._take_events(TICK_S)
+                raise RunFailed(self._failure or f"a process of the run ended while starting: {self._log_tail()}")
+            if time.monotonic() > end:
+                missing = " and ".join(sorted(self._waiting_for))
+                raise RunFailed(f"no sign of the {missing} after {READY_S:.0f} s: {self._log_tail()}")
+
+    def run(self, path: str, command: Sequence[str], tick: Callable[[Session], None]) -> Outcome:
+        """Run the program to its end. `tick` is called ten times a second."""
+        program = Program(path, list(command), self._environment(), self._mask)
+        peak = 0
+        ending = None
+        while ending is None:
+            ending = program.wait(TICK_S)
+            self._take_events(0)
+            peak = max(peak, resident_bytes(program.pid))
+            if self._failure and ending is None:
+                self.end_programs([program.pid])
+                program.wait(END_S)
+                raise RunFailed(self._failure)
+            tick(self)
+        seconds = time.monotonic() - program.started
+        self._wait_for_descendants(ending)
+        self.finish()
+        return Outcome(ending, seconds, self.counters, peak, self.warnings, 0.0)
+
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        for key, value in self._additions.items():
+            theirs = environment.get(key) if key in LISTS else None
+            environment[key] = f"{value}:{theirs}" if theirs else value
+        return environment
+
+    def _take_events(self, timeout_s: float) -> None:
+        try:
+            self._take(self._control.events.get(timeout=timeout_s) if timeout_s else self._control.events.get_nowait())
+            while True:
+                self._take(self._control.events.get_nowait())
+        except queue.Empty:
+            return
+
+    def _take(self, event: Event) -> None:
+        details = event.details
+        if event.event == "ready":
+            self._waiting_for.discard(event.role)
+            self._additions = details.get("environment", self._additions)
+            self._holder = details.get("holder", self._holder)
+        elif event.event in {"counters", "finished"}:
+            self.counters = details["counters"]
+            self._finished |= event.event == "finished"
+            if details.get("error"):
+                self._warn(f"internal: {details['error']}")
+        elif event.event == "warning":
+            self._warn(details["message"])
+        elif event.event == "pids":
+            self._pids = details["pids"]
+        elif event.event == "error":
+            self._holder = details.get("holder", self._holder)
+            self._failure = self._failure or str(details["message"])
+        elif event.event == "gone" and not self._finished and event.role in self._needed():
+            title = {"dm-handler": "DM-Handler", "dms": "memory server"}[event.role]
+            self._failure = self._failure or f"the {title} has died: {self._log_tail()}"
+
+    def _needed(self) -> set[str]:
+        """Whose end is a failure: at the end of a run the DMS leaves first."""
+        return {"dm-handler"} if self._finishing else {"dm-handler", "dms"}
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            print(f"edm: warning: {text}", file=sys.stderr, flush=True)
+
+    def _wait_for_descendants(self, ending: Ending) -> None:
+        """Processes the program left behind have their pages here: we stay as long as they do."""
+        said, since, asked = False, time.monotonic(), ending.asked
+        while True:
+            pids = self._captured()
+            if not pids:
+                return
+            if asked:
+                for pid in pids:
+                    _send(pid, signal.SIGTERM if time.monotonic() - since < END_S / 4 else signal.SIGKILL)
+            elif time.monotonic() - since > 1 and not said:
+                said = True
+                print(
+                    f"edm: the program has ended; still serving {len(pids)} process(es) it started "
+                    f"({', '.join(map(str, pids[:5]))}); Ctrl-C ends them",
+                    file=sys.stderr,
+                )
+            info = signal.sigtimedwait({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}, TICK_S)
+            if info is not None and info.si_signo != signal.SIGCHLD:
+                asked, since = True, time.monotonic()
+            _reap()
+            if self._failure:
+                self.end_programs([])
+                return
+
+    def _captured(self) -> list[int]:
+        self._pids = None
+        end = time.monotonic() + END_S
+        if not self._control.send("dm-handler", "pids"):
+            return []
+        while self._pids is None and not self._failure and time.monotonic() < end:
+            self._take_events(TICK_S)
+        return self._pids or []
+
+    def finish(self) -> None:
+        """Ask the DM-Handler to finish and wait for every process; raises `RunFailed`."""
+        self._finishing = True
+        self._control.send("dm-handler", "finish")
+        end = time.monotonic() + 2 * END_S
+        while not self._finished and not self._failure and time.monotonic() < end:
+            self._take_events(TICK_S)
+        if self._failure:
+            raise RunFailed(self._failure)
+        self._finished = True
+        for process in self._processes:
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._warn(f"process {process.pid} did not end by itself; ended")
+                break
+
+    def end_programs(self, pids: Sequence[int]) -> None:
+        """Kill every captured process: without their pages they must not go on."""
+        for pid in {*pids, *self._captured_last()}:
+            _send(pid, signal.SIGKILL)
+
+    def _captured_last(self) -> list[int]:
+        """Every process below us that carries our library, found without the DM-Handler's help."""
+        socket = self._additions.get("EDM_INTERNAL_SOCK", "")
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if socket and f"EDM_INTERNAL_SOCK={socket}\0".encode() in (entry / "environ").read_bytes() + b"\0":
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # it has just ended, or is not ours
+        return found
+
+    def close(self) -> None:
+        """Leave no process behind, whatever happened."""
+        if not self._finished:
+            self.end_programs([])
+        self._control.close()
+        for process in self._processes:
+            try:
+                process.wait(5.0 if self._finished else 0.5)
+                continue
+            except subprocess.TimeoutExpired:
+                _send_group(process.pid, signal.SIGTERM)
+            try:
+                process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                _send_group(process.pid, signal.SIGKILL)
+                process.wait()
+        if self._holder and not self._finished:
+            _send(self._holder, signal.SIGKILL)
+        _reap()
+
+    def _log_tail(self) -> str:
+        try:
+            lines = self._run_dir.log("edm").read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1] if lines else "nothing in its log"
+
+
+def resident_bytes(pid: int) -> int:
+    """Anonymous resident memory of a process, 0 when it has gone. Source: proc_pid_status(5), RssAnon."""
+    try:
+        with Path(f"/proc/{pid}/status").open() as file:
+            for line in file:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return 0
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _send_group(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _reap() -> None:
+    while True:
+        try:
+            info: Any = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if info is None or info.si_pid == 0 or info.si_pid in KEPT:
+            return
+        os.waitpid(info.si_pid, os.WNOHANG)

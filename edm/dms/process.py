@@ -22,6 +22,7 @@ from edm.dms.reports import LauncherReports, notify_reloading, open_reports
 from edm.dms.server import MemoryServer
 from edm.dms.status import StatusSocket
 from edm.errors import EdmError
+from edm.plugins.transport_mpi import end_job
 from edm.registry import Registry
 from edm.types import RunContext
 
@@ -36,6 +37,7 @@ ROLE: Final = "dms"
 ORPHAN_LOOK_S: Final = 0.5
 """How often a DMS without its launcher looks whether its DM-Handlers are gone too."""
 STORE_DIR: Final = "store"
+USER_MISTAKE: Final = 2
 
 
 class DmsProcess:
@@ -161,7 +163,8 @@ def reported(run_dir: Path) -> Iterator[LauncherReports | Any]:
         yield reports
     except EdmError as error:
         reports.error(" ".join(str(error).split()))
-        sys.exit(2)
+        end_job(USER_MISTAKE)
+        sys.exit(USER_MISTAKE)
     finally:
         reports.close()
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -35,6 +36,9 @@ _PREFIXES: Final = (
 )
 _NAMES: Final = ("GFORTRAN_UNBUFFERED_PRECONNECTED",)
 _RANK_VARIABLES: Final = ("PMI_RANK", "PMI_FD", "PMI_SIZE", "PMIX_RANK", "PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK")
+
+ABORT_S: Final = 5.0
+"""How long the launcher may take to end this process."""
 
 _NO_MPIEXEC: Final = (
     "the transport 'mpi' finds no mpiexec: pip install 'edm[mpich]', or put your MPI's on PATH, "
@@ -73,6 +77,34 @@ def find_mpiexec(option: str = "") -> str:
         if found is not None:
             return found
     raise UsageError(_NO_MPIEXEC)
+
+
+def end_job(status: int) -> None:
+    """End the MPI job this process is a rank of, which cannot take part in it; else the other ranks wait for it.
+
+    Does nothing outside a job. Does not return inside one, unless MPI cannot be reached.
+    """
+    if not under_mpi():
+        return
+    if "PMI_FD" in os.environ and not _initialized():
+        # MPICH's launcher, asked directly: at once, and without a word on the user's terminal. Source: PMI-1, as in
+        # MPICH's src/pmi; the launcher answers init before it takes an abort.
+        channel = int(os.environ["PMI_FD"])
+        os.write(channel, b"cmd=init pmi_version=1 pmi_subversion=1\n")
+        os.read(channel, 1024)
+        os.write(channel, f"cmd=abort exitcode={status}\n".encode())
+        time.sleep(ABORT_S)
+        return
+    from mpi4py import MPI  # noqa: PLC0415
+
+    if not MPI.Is_initialized():
+        MPI.Init()
+    MPI.COMM_WORLD.Abort(status)
+
+
+def _initialized() -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and bool(mpi.Is_initialized())
 
 
 def check(options: MpiOptions) -> None:

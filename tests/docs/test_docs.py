@@ -145,3 +145,26 @@ def test_worked_example_refuses_a_batch_whole(zlib_plugin):
     with pytest.raises(StoreFull):
         store.put(memoryview(np.random.default_rng(1).bytes(2 * PAGE_BYTES)), None)
     assert store.stat() == {"pages": 0, "bytes": 0}
+
+
+def test_names_that_are_linked_to_their_code_are_there():
+    references = [
+        (page, name, page.parent / target)
+        for page in PAGES
+        for name, target in re.findall(r"\[`(\w+)`\]\(([^)]+\.(?:py|c|h))\)", page.read_text())
+    ]
+    assert len(references) > 30
+    for page, name, target in references:
+        assert re.search(rf"\b{name}\b", target.read_text()), f"{page.name}: no {name} in {target.name}"
+
+
+def test_every_step_of_a_page_fault_is_named_in_the_code():
+    """The numbers that docs/page-fault.md promises to be in the modules on the path."""
+    sources = [*(ROOT / "edm").rglob("*.py"), *(ROOT / "native").rglob("*.[ch]")]
+    text = "\n".join(path.read_text() for path in sources)
+    steps = set()
+    for found in re.findall(r"\[(\d+(?:[-, ]+\d+)*)\]", text):
+        for part in found.replace(" ", "").split(","):
+            first, _, last = part.partition("-")
+            steps.update(range(int(first), int(last or first) + 1))
+    assert set(range(3, 16)) <= steps

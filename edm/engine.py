@@ -57,6 +57,7 @@ class Engine:
                 "sweep_us": int(settings.sweep_ms * 1000),
                 "track_writes": settings.track_writes,
                 "ask": settings.ask,
+                "follow": not settings.cpus,
             },
         )
         self.native = lib.edm_engine_new(config)

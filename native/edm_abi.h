@@ -33,7 +33,7 @@ struct edm_engine_config {
     uint8_t track_writes;      /* write-protect pages restored by a read; clean ones are dropped without a write */
     uint8_t ask;               /* ask the DMS for pages known to be new as well */
     uint8_t record_pfn;        /* note each page's pfn at once, not only when it is looked at anyway */
-    uint8_t unused;
+    uint8_t follow;            /* fault workers move to the CPU of the thread that faults: waking across CPUs is dear */
 };
 
 struct edm_counters {
@@ -124,3 +124,52 @@ int edm_uffd_check(void);
 /* The holder: keeps every file descriptor of this process open after it has died. Returns its pid, or -errno. */
 int edm_holder_start(int32_t launcher_pid);
 
+/* ---- replayed faults (native/replay.c): a program's touches, without userfaultfd ------------------------------- */
+
+/* A program that is not there: its pages are an arena in this process, its touches and system calls are calls here, and
+   the engine serves its faults as it would serve the kernel's. Any thread may call, several at once. */
+struct edm_replay;
+
+/* Give the engine a program of `pages` pages; `instance` as in edm_engine_listen. NULL with errno set. */
+struct edm_replay *edm_replay_open(struct edm_engine *engine, uint32_t instance, uint64_t pages);
+/* The program ends; no other thread may be in a call on it. Before or after edm_engine_free. */
+void edm_replay_close(struct edm_replay *replay);
+/* Touch a page as a program would, waiting for it: a write stores `value` in its first and last 8 bytes, a read gives
+   the first 8 in *out. -EIO: the last 8 differ (never, or the engine is wrong); -EFAULT: SIGBUS of a poisoned page, or
+   no such page; -ESHUTDOWN: the engine was stopped; -ESRCH: the program has ended. */
+int edm_replay_touch(struct edm_replay *replay, uint64_t page, int write, uint64_t value, uint64_t *out);
+
+/* What the program does. */
+#define EDM_REPLAY_READ 1
+#define EDM_REPLAY_WRITE 2
+#define EDM_REPLAY_REMOVE 3 /* madvise(MADV_DONTNEED) of [a, a+n) */
+#define EDM_REPLAY_UNMAP 4  /* munmap of [a, a+n), and a fresh mmap there */
+#define EDM_REPLAY_REMAP 5  /* mremap of [a, a+n) to b, and a fresh mmap at a */
+/* An address-space change (3 to 5), reported as the kernel does: returns when its events have been read. 0, -EINVAL,
+   -ESHUTDOWN, -ESRCH. */
+int edm_replay_event(struct edm_replay *replay, int what, uint64_t a, uint64_t n, uint64_t b);
+/* fork: *child is the child's program, to be closed too. Returns when the engine serves it. */
+int edm_replay_fork(struct edm_replay *replay, struct edm_replay **child);
+
+struct edm_replay_op {
+    uint32_t kind;  /* EDM_REPLAY_READ … */
+    uint32_t count; /* pages, for kinds 3 to 5 */
+    uint64_t page;
+    uint64_t value; /* written; filled in by a read; the target page of a remap */
+};
+/* Carry out n operations in order on the calling thread; returns how many were done before one failed with *error
+   (0: none did). */
+uint64_t edm_replay_run(struct edm_replay *replay, struct edm_replay_op *ops, uint64_t n, int *error);
+
+/* Pages present in the arena now: what the budget is to bound. */
+uint64_t edm_replay_present(struct edm_replay *replay);
+/* Pin pages (as io_uring's registered buffers are), or let them go: they refuse to move. 0 or -EINVAL. */
+int edm_replay_pin(struct edm_replay *replay, uint64_t page, uint64_t count, int pinned);
+
+#define EDM_REPLAY_ZERO 0
+#define EDM_REPLAY_COPY 1
+#define EDM_REPLAY_UNPROTECT 2
+#define EDM_REPLAY_POISON 3
+#define EDM_REPLAY_CALLS 4
+/* After `after` more calls of that kind, the next `count` fail with `error` (a positive errno). 0 or -EINVAL. */
+int edm_replay_fail(struct edm_replay *replay, int call, uint32_t after, uint32_t count, int error);

@@ -118,6 +118,7 @@ struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
     for (int i = 0; i < MAX_WORKERS; i++) {
         g->worker[i].refs = calloc(MAX_FETCH, sizeof *g->worker[i].refs);
         g->worker[i].pages = map_pages(MAX_FETCH);
+        g->worker[i].cpu = g->worker[i].seen_cpu = -1;
         if (!g->worker[i].refs || !g->worker[i].pages)
             goto fail;
     }

@@ -172,7 +172,7 @@ struct space {
     uint64_t vsz, changed_ns, swept_ns;
     bool sweep_soon;
     // replay
-    struct replay *replay;
+    struct edm_replay *replay;
 };
 
 struct fault {
@@ -217,6 +217,8 @@ struct worker {
     uint8_t *pages;
     uint32_t slot[MAX_FETCH];
     uint32_t n;
+    uint32_t faults;      // since the faulting thread's CPU was last looked at
+    int cpu, seen_cpu;    // where this worker is, and where it saw the program last; -1: anywhere
 };
 
 struct edm_engine {
@@ -302,6 +304,7 @@ void space_read(struct edm_engine *g, struct space *s, int worker);
 // ---- faults.c [5, 12-15]
 void fault_take(struct edm_engine *g, int worker, struct fault f);
 void fetch_cancel(struct edm_engine *g, uint32_t slot);
+void worker_follow(struct edm_engine *g, int worker, int tid);
 
 // ---- writeback.c
 int write_slot_get(struct edm_engine *g);

@@ -88,6 +88,7 @@ void space_read(struct edm_engine *g, struct space *s, int worker) {
         g->count.faults++;
         if (s->pid <= 0)
             s->pid = (int)m[i].arg.pagefault.feat.ptid;
+        worker_follow(g, worker, (int)m[i].arg.pagefault.feat.ptid);
         struct fault f = {s, page_of(m[i].arg.pagefault.address), (uint32_t)m[i].arg.pagefault.flags};
         fault_take(g, worker, f);
     }

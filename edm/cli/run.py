@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from edm.config import Config
 
 
-@click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.command(
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+    epilog="Example: edm run --local-memory 64M -- sort -S 400M big.txt",
+)
 @config_options()
 @click.option("--dms", metavar="ENDPOINT", help="Use the memory server at ENDPOINT (implies --transport zmq).")
 @click.option("--summary/--no-summary", default=None, help="Say at the end how it went [on a terminal].")
@@ -32,14 +35,10 @@ def command(
     uncaptured: bool,
     command: tuple[str, ...],
 ) -> int:
-    r"""Run COMMAND with the memory it needs beyond --local-memory kept by a memory server.
+    """Run COMMAND with the memory it needs beyond --local-memory kept by a memory server.
 
     Its output is its own; its exit status, or death by signal, is edm's. 126 and 127 mean as in a shell that the
     program cannot be started; 2 is a mistake in edm's own arguments; 70 means that EDM itself failed.
-
-    \b
-    edm run --local-memory 64M -- sort -S 400M big.txt
-    edm run --transport mpi --store lmdb --local-memory 25% -- python3 job.py
     """
     from edm.launch import run as launch  # noqa: PLC0415 (`edm --help` need not import the core)
 

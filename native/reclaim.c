@@ -28,7 +28,8 @@ void budget_set(struct edm_engine *g) {
         return;
     g->batch_pages = at_least(at_most(EDM_STAGING_PAGES, budget / 16), 1);
     g->limit = at_least(budget - at_most(g->batch_pages, budget - 1), 1);
-    g->high = c->high_pages ? at_most(c->high_pages, g->limit) : g->limit - at_most(at_least(g->limit / 32, 1), 512);
+    uint64_t below = at_most(at_least(g->limit / 32, 1), 512);
+    g->high = c->high_pages ? at_most(c->high_pages, g->limit) : at_least(g->limit - below, 1);
     uint64_t step = at_most(at_least(g->high / 16, 1), 1024);
     g->low = c->low_pages ? at_most(c->low_pages, g->high) : g->high - at_most(step, g->high);
 }

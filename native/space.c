@@ -140,6 +140,10 @@ void space_forget(struct space *s, uint64_t a, uint64_t b) {
         struct outbox_item *o = outbox_item_at(s->engine, id);
         o->a = a;
         o->b = b - a;
+        if (s->engine->cfg.ask) {  // or a question asked before the drop is carried out finds the old page
+            s->barrier = o->seq;
+            s->engine->outbox_urgent = true;
+        }
     }
 }
 

@@ -124,10 +124,12 @@ class Conversation:
 class WireChannel:
     """A `Channel` to one memory server over a `Link`. Threads, blocking and errors as the interface says."""
 
-    def __init__(self, link: Link, session: Session, deadline_s: float, resend_s: float | None = None) -> None:
+    def __init__(
+        self, link: Link, session: Session, number: int, deadline_s: float, resend_s: float | None = None
+    ) -> None:
         self._session = session
         self._deadline_s = deadline_s
-        self._conversation = Conversation(link, session, 0, session.number(), resend_s)
+        self._conversation = Conversation(link, session, 0, number, resend_s)
 
     def fetch(self, refs: PageRefs, into: memoryview) -> None:
         """Fill statuses, versions, checksums and pages of a batch of 1 to 1024 references in place [5, 11]."""

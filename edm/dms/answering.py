@@ -100,6 +100,9 @@ class Answerer:
             head = self.request.open(length)
             if head.kind == Kind.PING:
                 return self.reply.seal(head._replace(kind=Kind.PONG))
+            if head.kind == Kind.BYE:
+                self.forget(peer)
+                return self.reply.seal(head)
             return self._dispatch(head, peer)
         except ProtocolError as error:
             return self._refuse_broken(length, error)

@@ -17,7 +17,7 @@ from edm.registry import Registry
 from edm.testing.transport_cases import CASES, LAST_CASE, SLOW_CASES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from edm.types import LaunchPlan
@@ -35,11 +35,13 @@ class TransportContract:
         class TestRdma(TransportContract):
             transport = "rdma"
 
+    stands_alone: memory servers serve on when the DM-Handler is gone, and are ended by SIGTERM.
     options: the plugin's, as a user would write them; a test may override the fixture `transport_options` where they
     depend on a directory.
     """
 
     transport: ClassVar[str]
+    stands_alone: ClassVar[bool] = False
     options: ClassVar[Mapping[str, Any]] = {}
 
     @pytest.fixture(scope="class")
@@ -53,7 +55,12 @@ class TransportContract:
     def results(cls, tmp_path_factory: pytest.TempPathFactory, transport_options: dict[str, Any]) -> dict[str, str]:
         """For each case "" or its traceback: all cases run once, in one pair of processes."""
         run_dir = tmp_path_factory.mktemp(cls.transport)
-        return run_contract(cls.transport, transport_options, run_dir)
+        return run_contract(cls.transport, transport_options, run_dir, cls.plan, stands_alone=cls.stands_alone)
+
+    @classmethod
+    def plan(cls, options: Any, dms: tuple[str, ...], dm_handler: tuple[str, ...]) -> LaunchPlan:
+        """The processes of the test: what a one-command run would start. A test of something bigger overrides it."""
+        return Registry().transport(cls.transport).plan(options, dms, dm_handler)
 
     @pytest.mark.parametrize("case", _NAMES)
     def test_case(self, case: str, results: dict[str, str]) -> None:
@@ -65,19 +72,26 @@ class TransportContract:
         assert results.get(case, "not run") == "", results.get(case, results.get("log"))
 
     def test_both_sides_end_by_themselves(self, results: dict[str, str]) -> None:
-        """After the goodbye every process ends, and with status 0."""
+        """After the goodbye (or SIGTERM, if it stands alone) every process ends, and with status 0."""
         assert results["statuses"] == "", results["log"]
 
 
-def run_contract(transport: str, options: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
+def run_contract(
+    transport: str,
+    options: Mapping[str, Any],
+    run_dir: Path,
+    make_plan: Callable[..., LaunchPlan],
+    *,
+    stands_alone: bool,
+) -> dict[str, str]:
     """Run all cases; the results, with "statuses" (exit statuses that are not 0) and "log" (what was printed)."""
     (run_dir / "contract.json").write_text(json.dumps({"transport": transport, "options": dict(options)}))
     spec = Registry().transport(transport)
     built = build_options(spec.options, options, dict.fromkeys(options, "the contract"), transport)
     peer = (sys.executable, "-m", "edm.testing.transport_peer")
-    plan = spec.plan(built, (*peer, "dms", str(run_dir)), (*peer, "dm-handler", str(run_dir)))
+    plan = make_plan(built, (*peer, "dms", str(run_dir)), (*peer, "dm-handler", str(run_dir)))
     with (run_dir / "log").open("w+") as log:
-        statuses = _run(plan, log, time.monotonic() + LONGEST_S)
+        statuses = _run(plan, log, time.monotonic() + LONGEST_S, stands_alone=stands_alone)
     results: dict[str, str] = {}
     if (run_dir / "results.json").exists():
         results = json.loads((run_dir / "results.json").read_text())
@@ -86,7 +100,7 @@ def run_contract(transport: str, options: Mapping[str, Any], run_dir: Path) -> d
     return results
 
 
-def _run(plan: LaunchPlan, log: Any, deadline: float) -> dict[str, int]:
+def _run(plan: LaunchPlan, log: Any, deadline: float, *, stands_alone: bool) -> dict[str, int]:
     environment = {**os.environ, **plan.environment}
     processes = [
         subprocess.Popen(
@@ -95,6 +109,9 @@ def _run(plan: LaunchPlan, log: Any, deadline: float) -> dict[str, int]:
         for command in plan.commands
     ]
     try:
+        processes[-1].wait(max(deadline - time.monotonic(), 0.1))
+        for server in processes[:-1] if stands_alone else ():
+            server.terminate()
         return {
             " ".join(process.args): process.wait(max(deadline - time.monotonic(), 0.1))  # type: ignore[arg-type]
             for process in processes

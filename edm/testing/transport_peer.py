@@ -1,4 +1,4 @@
-"""The two programs that `TransportContract` starts: `python -m edm.testing.transport_peer dms|dm-handler RUN_DIR`.
+"""The programs that `TransportContract` starts: `python -m edm.testing.transport_peer dms|dm-handler RUN_DIR [LISTEN]`.
 
 RUN_DIR/contract.json names the transport and its options. The DM-Handler's side writes RUN_DIR/results.json: for each
 case "" or its traceback.
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from edm.interfaces import Transport
 
 
-def open_transport(run_dir: Path, role: str) -> Transport:
-    """The transport under test, as a process of this role opens it."""
+def open_transport(run_dir: Path, role: str, listen: str = "") -> Transport:
+    """The transport under test, as a process of this role opens it; listen: instead of the options'."""
     contract = json.loads((run_dir / "contract.json").read_text())
     spec = Registry().transport(contract["transport"])
-    given = contract["options"]
+    given = contract["options"] | ({"listen": [listen]} if listen else {})
     options = build_options(spec.options, given, dict.fromkeys(given, "the contract"), spec.name)
     store_dir = run_dir / "store"
     store_dir.mkdir(exist_ok=True)
@@ -40,11 +40,11 @@ def open_transport(run_dir: Path, role: str) -> Transport:
     return spec.open(options, context)
 
 
-def serve(run_dir: Path) -> None:
+def serve(run_dir: Path, listen: str = "") -> None:
     """Be the DMS until every peer has gone or SIGTERM."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    transport = open_transport(run_dir, "dms")
+    transport = open_transport(run_dir, "dms", listen)
     transport.serve(DictServer(), stop)
     transport.close()
 
@@ -78,4 +78,5 @@ def _outcome(case: Callable[[Peer], Any], peer: Peer) -> str:
 
 
 if __name__ == "__main__":
-    {"dms": serve, "dm-handler": run_cases}[sys.argv[1]](Path(sys.argv[2]))
+    role: Callable[..., None] = {"dms": serve, "dm-handler": run_cases}[sys.argv[1]]
+    role(Path(sys.argv[2]), *sys.argv[3:])

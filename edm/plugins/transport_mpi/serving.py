@@ -87,13 +87,11 @@ class MpiServing:
         return False
 
     def _take(self, source: int, tag: int, length: int) -> None:
+        reply = self._answerer.answer(length, source)
+        if reply:
+            self._send(source, tag, reply)
         if self._answerer.kind(length) == Kind.BYE:
             self.peers.discard(source)
-            self._answerer.forget(source)
-            return
-        length = self._answerer.answer(length, source)
-        if length:
-            self._send(source, tag, length)
 
     def _send(self, rank: int, tag: int, length: int) -> None:
         frame = self._answerer.reply

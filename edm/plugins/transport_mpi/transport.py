@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from edm.channel import Session, WireChannel
+from edm.channel import Session
 from edm.dms.answering import Answerer
 from edm.errors import PeerLost, TransportError, UsageError
 from edm.plugins.transport_mpi.link import MpiLink
 from edm.plugins.transport_mpi.serving import MpiServing
 from edm.plugins.transport_mpi.world import World
+from edm.spread import open_channel
 from edm.wire import Frame, Head, Kind
 
 if TYPE_CHECKING:
     import threading
 
-    from edm.interfaces import PageServer
+    from edm.interfaces import Channel, PageServer
     from edm.plugins.transport_mpi import MpiOptions
     from edm.types import RunContext
 
@@ -35,20 +36,20 @@ class MpiTransport:
         self._deadline_s = context.deadline_s
         self._world = World(context)
         self._session = Session(len(self._world.servers))
-        self._channels: list[WireChannel] = []
+        self._channels: list[Channel] = []
         self._serving: MpiServing | None = None
         self._role = context.role
         self._closed = False
 
-    def connect(self) -> WireChannel:
+    def connect(self) -> Channel:
         """Open a channel of this DM-Handler, under a tag of its own."""
         if self._closed:
             raise PeerLost("the transport is closed")
         if self._role == "dms":
             raise UsageError("a memory server has nobody to connect to")
-        tag = FIRST_TAG + self._session.number() % TAGS
-        link = MpiLink(self._world, self._world.servers[0], tag, self._options)
-        channel = WireChannel(link, self._session, self._deadline_s)
+        number = self._session.number()
+        links = [self._link(rank, FIRST_TAG + number % TAGS) for rank in self._world.servers]
+        channel = open_channel(links, self._session, number, self._deadline_s)
         self._channels.append(channel)
         return channel
 
@@ -80,10 +81,15 @@ class MpiTransport:
         length = frame.seal(Head(Kind.BYE, 0, 0, 0, 1, 0, 0))
         taken = True
         for rank in self._world.servers:
-            link = MpiLink(self._world, rank, GOODBYE_TAG, self._options)
+            link = self._link(rank, GOODBYE_TAG)
+            deadline = time.monotonic() + GOODBYE_S
             try:
-                link.send(frame, length, time.monotonic() + GOODBYE_S)
+                link.send(frame, length, deadline)
+                taken = link.receive(deadline) > 0 and taken
             except TransportError:
                 taken = False
             link.close()
-        return taken and all(self._world.alive(rank) for rank in self._world.servers)
+        return taken
+
+    def _link(self, rank: int, tag: int) -> MpiLink:
+        return MpiLink(self._world, rank, tag, self._options)

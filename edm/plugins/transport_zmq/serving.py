@@ -1,0 +1,173 @@
+"""The memory server's side of `zmq` [6-11]: one ROUTER socket, one thread, any number of clients."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import zmq
+
+from edm.dms.answering import Answerer, Figures
+from edm.errors import EdmError, UsageError
+from edm.plugins.transport_zmq.client import NAME_BYTES
+from edm.plugins.transport_zmq.endpoints import own_endpoint
+from edm.plugins.transport_zmq.keys import AllowList, read_list
+from edm.plugins.transport_zmq.sockets import configure_server
+from edm.wire import Kind
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Hashable
+    from pathlib import Path
+
+    from edm.interfaces import Channel, PageServer
+    from edm.plugins.transport_zmq import ZmqOptions
+    from edm.types import RunContext
+
+log = logging.getLogger(__name__)
+
+SILENT_S: Final = 30.0
+"""A client of which nothing was heard for so long is gone; it gives a sign of life every few seconds."""
+OWNERS_FILE: Final = "clients.json"
+
+
+@attrs.frozen
+class Client:
+    """Who sent a message: the name a client chose, and its public key ("" without keys)."""
+
+    name: bytes
+    key: str
+
+
+class KeyGate:
+    """Binds each instance to the key of the client that it was given to, for as long as the stores live."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._owners: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+
+    def may_use(self, peer: Hashable, instance: int) -> bool:
+        """See `Gate`. Instance 0 says hello and asks for figures."""
+        assert isinstance(peer, Client)
+        return instance == 0 or self._owners.get(str(instance)) == peer.key
+
+    def given(self, peer: Hashable, instance: int) -> None:
+        """See `Gate`."""
+        assert isinstance(peer, Client)
+        self._owners[str(instance)] = peer.key
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text(json.dumps(self._owners))
+        os.replace(fresh, self._path)  # noqa: PTH105  atomic, and says so
+
+
+class ZmqServing:
+    """A memory server's addresses and clients."""
+
+    def __init__(self, options: ZmqOptions, context: RunContext) -> None:
+        self._options = options
+        self._private = not options.listen
+        self._seen: dict[Client, float] = {}
+        self._closed = False
+        self._answerer: Answerer | None = None
+        self._gate = KeyGate(context.store_dir / OWNERS_FILE) if options.key else None
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._allowed = (
+            AllowList(self._context, read_list(options.clients)) if options.key and options.clients else None
+        )
+        self._socket = self._context.socket(zmq.ROUTER)
+        try:
+            configure_server(self._socket, options)
+            self.address = " ".join(self._bind(endpoint) for endpoint in self._endpoints(context))
+        except EdmError:
+            self.close()
+            raise
+
+    def connect(self) -> Channel:
+        """Raise `UsageError`: this is the other side."""
+        raise UsageError("a memory server has nobody to connect to")
+
+    def serve(self, server: PageServer, stop: threading.Event) -> None:
+        """Answer until `stop` is set; a private server also ends when every client has said goodbye."""
+        self._answerer = answerer = Answerer(server, self._gate)
+        had_clients = False
+        while not stop.is_set() and not (self._private and had_clients and not self._seen):
+            try:
+                identity, key = self._receive_identity()
+            except zmq.Again:
+                continue
+            length = self._receive_message()
+            if length:
+                client = Client(identity[:NAME_BYTES], key)
+                reply = answerer.answer(length, client)
+                self._note(client, answerer.kind(length))
+                had_clients = had_clients or bool(self._seen)
+                if reply:
+                    self._reply(identity, reply)
+
+    def peers(self) -> int:
+        """How many clients there are, of those that were heard lately."""
+        oldest = time.monotonic() - SILENT_S
+        return sum(seen >= oldest for seen in list(self._seen.values()))
+
+    def figures(self) -> dict[str, Any]:
+        """What was answered so far."""
+        return attrs.asdict(self._answerer.figures if self._answerer else Figures())
+
+    def reload(self, options: ZmqOptions) -> None:
+        """Take over a changed allow-list; raises `UsageError` and keeps the old one if it cannot be read."""
+        if self._allowed is not None and options.clients is not None:
+            self._allowed.allow(read_list(options.clients))
+
+    def close(self) -> None:
+        """Send what is queued, within a second, and let go of the addresses; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._socket.close()
+        if self._allowed is not None:
+            self._allowed.close()
+        self._context.term()
+
+    def _endpoints(self, context: RunContext) -> tuple[str, ...]:
+        return self._options.listen or (own_endpoint(context.run_dir),)
+
+    def _bind(self, endpoint: str) -> str:
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise UsageError(f"cannot listen at {endpoint}: {error.strerror}") from None
+        return self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
+
+    def _receive_identity(self) -> tuple[bytes, str]:
+        if self._gate is None:
+            return self._socket.recv(), ""
+        frame = self._socket.recv(copy=False)
+        return frame.bytes, str(frame.get("User-Id"))
+
+    def _receive_message(self) -> int:
+        """Receive the one part behind the identity into the answerer's frame; 0 for anything else."""
+        assert self._answerer is not None
+        if not self._socket.getsockopt(zmq.RCVMORE):
+            return 0
+        length = self._socket.recv_into(self._answerer.request.view)
+        fits = length <= self._answerer.request.capacity
+        while self._socket.getsockopt(zmq.RCVMORE):
+            self._socket.recv_into(bytearray())
+            fits = False
+        return length if fits else 0
+
+    def _reply(self, identity: bytes, length: int) -> None:
+        assert self._answerer is not None
+        # A client that does not take its replies has them dropped beyond its queue; it asks again.
+        self._socket.send(identity, zmq.SNDMORE)
+        self._socket.send(self._answerer.reply.view[:length])
+
+    def _note(self, client: Client, kind: int) -> None:
+        if kind == Kind.BYE:
+            self._seen.pop(client, None)
+        else:
+            self._seen[client] = time.monotonic()

@@ -37,41 +37,41 @@ struct edm_engine_config {
 };
 
 struct edm_counters {
-    uint64_t faults;            /* fault messages read */
-    uint64_t zero_fills;        /* new page: UFFDIO_ZEROPAGE */
-    uint64_t fetches;           /* existing page: fetched from the DMS, UFFDIO_COPY */
-    uint64_t rescues;           /* found in the write-back buffer, UFFDIO_COPY */
-    uint64_t write_protects;    /* first write to a clean page */
-    uint64_t repeats;           /* the page was there already */
-    uint64_t evictions;         /* pages moved out of a program */
-    uint64_t evicted_clean;     /* … of those, dropped: the DMS has them */
-    uint64_t evicted_zero;      /* … of those, all zeros: nothing to store */
-    uint64_t writes;            /* pages the DMS acknowledged */
-    uint64_t write_failures;    /* pages the DMS refused; tried again */
-    uint64_t move_refused;      /* pages the kernel would not move (pinned, locked) */
-    uint64_t move_again;        /* batches cut short by an address-space event */
-    uint64_t again;             /* ioctls the kernel put off with EAGAIN */
-    uint64_t stale;             /* answers that no longer matched; asked again */
-    uint64_t lost;              /* pages no copy of which could be had: poisoned */
-    uint64_t over_limit;        /* faults let through above the limit since nothing could be evicted */
-    uint64_t waited;            /* faults that waited for room */
+    uint64_t faults;         /* fault messages read */
+    uint64_t zero_fills;     /* new page: UFFDIO_ZEROPAGE */
+    uint64_t fetches;        /* existing page: fetched from the DMS, UFFDIO_COPY */
+    uint64_t rescues;        /* found in the write-back buffer, UFFDIO_COPY */
+    uint64_t write_protects; /* first write to a clean page */
+    uint64_t repeats;        /* the page was there already */
+    uint64_t evictions;      /* pages moved out of a program */
+    uint64_t evicted_clean;  /* … of those, dropped: the DMS has them */
+    uint64_t evicted_zero;   /* … of those, all zeros: nothing to store */
+    uint64_t writes;         /* pages the DMS acknowledged */
+    uint64_t write_failures; /* pages the DMS refused; tried again */
+    uint64_t move_refused;   /* pages the kernel would not move (pinned, locked) */
+    uint64_t move_again;     /* batches cut short by an address-space event */
+    uint64_t again;          /* ioctls the kernel put off with EAGAIN */
+    uint64_t stale;          /* answers that no longer matched; asked again */
+    uint64_t lost;           /* pages no copy of which could be had: poisoned */
+    uint64_t over_limit;     /* faults let through above the limit since nothing could be evicted */
+    uint64_t waited;         /* faults that waited for room */
     uint64_t events_fork;
     uint64_t events_remap;
     uint64_t events_remove;
     uint64_t events_unmap;
-    uint64_t joined;            /* pages that were there before their mapping was captured */
+    uint64_t joined; /* pages that were there before their mapping was captured */
     uint64_t sweeps;
-    uint64_t processes;         /* address spaces captured so far */
-    uint64_t spaces;            /* … alive now */
-    uint64_t resident;          /* pages now */
+    uint64_t processes; /* address spaces captured so far */
+    uint64_t spaces;    /* … alive now */
+    uint64_t resident;  /* pages now */
     uint64_t peak_resident;
-    uint64_t staged;            /* pages in the write-back buffer now */
-    uint64_t remote;            /* pages only the DMS holds now */
+    uint64_t staged; /* pages in the write-back buffer now */
+    uint64_t remote; /* pages only the DMS holds now */
     uint64_t limit_pages;
     uint64_t high_pages;
     uint64_t low_pages;
     uint64_t lspt_bytes;
-    uint64_t internal_errors;   /* states that should not occur; the first is in edm_error */
+    uint64_t internal_errors; /* states that should not occur; the first is in edm_error */
 };
 
 struct edm_engine;
@@ -99,12 +99,12 @@ int edm_resolve(struct edm_engine *engine, int worker, int n);
 
 #define EDM_OUTBOX_BATCH 256
 /* What an outbox message is. */
-#define EDM_OUT_EVICT 1        /* refs and pages are filled */
-#define EDM_OUT_CREATE 2       /* region */
-#define EDM_OUT_CLONE 3        /* region, into = a */
-#define EDM_OUT_MOVE 4         /* region, start = a, to = b, count = c */
-#define EDM_OUT_DROP 5         /* region, start = a, count = b */
-#define EDM_OUT_DROP_REGION 6  /* region */
+#define EDM_OUT_EVICT 1       /* refs and pages are filled */
+#define EDM_OUT_CREATE 2      /* region */
+#define EDM_OUT_CLONE 3       /* region, into = a */
+#define EDM_OUT_MOVE 4        /* region, start = a, to = b, count = c */
+#define EDM_OUT_DROP 5        /* region, start = a, count = b */
+#define EDM_OUT_DROP_REGION 6 /* region */
 struct edm_outbox {
     int32_t kind;
     int32_t n; /* pages, for EDM_OUT_EVICT */

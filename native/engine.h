@@ -217,8 +217,8 @@ struct worker {
     uint8_t *pages;
     uint32_t slot[MAX_FETCH];
     uint32_t n;
-    uint32_t faults;      // since the faulting thread's CPU was last looked at
-    int cpu, seen_cpu;    // where this worker is, and where it saw the program last; -1: anywhere
+    uint32_t faults;    // since the faulting thread's CPU was last looked at
+    int cpu, seen_cpu;  // where this worker is, and where it saw the program last; -1: anywhere
 };
 
 struct edm_engine {

@@ -20,6 +20,7 @@ from edm.config import Config
 from edm.dms.guard import GuardedServer
 from edm.dms.reports import LauncherReports, notify_reloading, open_reports
 from edm.dms.server import MemoryServer
+from edm.dms.settings import DmsSettings
 from edm.dms.status import StatusSocket
 from edm.errors import EdmError
 from edm.plugins.transport_mpi import end_job
@@ -43,7 +44,8 @@ USER_MISTAKE: Final = 2
 class DmsProcess:
     """One DMS, from its settings to its end.
 
-    reload: gives fresh settings at SIGHUP; of these the quota, and what the transport can change, are taken over.
+    reload: gives fresh settings at SIGHUP; of these the quota, the log level, and what the transport can change while
+    it serves, are taken over.
     """
 
     def __init__(
@@ -51,13 +53,13 @@ class DmsProcess:
         config: Config,
         run_dir: Path,
         *,
-        quota_pages: int = 0,
-        reload: Callable[[], tuple[Config, int]] | None = None,
+        settings: DmsSettings | None = None,
+        reload: Callable[[], tuple[Config, DmsSettings]] | None = None,
     ) -> None:
         self.stop = threading.Event()
         self._config = config
         self._run_dir = run_dir
-        self._quota_pages = quota_pages
+        self._settings = settings or DmsSettings()
         self._reload = reload
         self._registry = Registry()
         self._started = time.time()
@@ -73,7 +75,7 @@ class DmsProcess:
         with contextlib.ExitStack() as stack:
             table, pages = open_stores(self._config, context, self._registry)
             server = stack.enter_context(contextlib.closing(MemoryServer(table, pages)))
-            self._guarded = GuardedServer(server, table, self._quota_pages)
+            self._guarded = GuardedServer(server, table, self._settings.quota_pages)
             self._transport = transport = spec.open(options, context)
             with StatusSocket(self._run_dir, self.status):
                 reports.ready(str(getattr(transport, "address", spec.name)))
@@ -125,9 +127,10 @@ class DmsProcess:
         assert self._reload is not None
         notify_reloading()
         try:
-            config, quota_pages = self._reload()
+            config, settings = self._reload()
+            settings.apply_log_level()
             if self._guarded is not None:
-                self._guarded.quota_pages = quota_pages
+                self._guarded.quota_pages = settings.quota_pages
             reload_transport = getattr(self._transport, "reload", None)
             if reload_transport is not None:
                 spec = self._registry.transport(self._config.transport)
@@ -156,7 +159,7 @@ def open_stores(config: Config, context: RunContext, registry: Registry) -> tupl
 
 
 @contextlib.contextmanager
-def reported(run_dir: Path) -> Iterator[LauncherReports | Any]:
+def reported(run_dir: Path) -> Iterator[Reports]:
     """Where this process reports to; an `EdmError` inside is reported there, and becomes exit status 2."""
     reports = open_reports(run_dir, ROLE)
     try:
@@ -173,24 +176,26 @@ def run(
     config: Config,
     run_dir: Path,
     *,
-    quota_pages: int = 0,
-    reload: Callable[[], tuple[Config, int]] | None = None,
+    settings: DmsSettings | None = None,
+    reload: Callable[[], tuple[Config, DmsSettings]] | None = None,
 ) -> None:
     """Be a DMS until told to stop; reports as it was started (launcher, systemd, person)."""
-    setproctitle.setproctitle(TITLE)
     with reported(run_dir) as reports:
-        process = DmsProcess(config, run_dir, quota_pages=quota_pages, reload=reload)
-        if isinstance(reports, LauncherReports):
-            reports.when_gone(process.launcher_gone)
-        process.run(reports)
+        _run(DmsProcess(config, run_dir, settings=settings, reload=reload), reports)
+
+
+def _run(process: DmsProcess, reports: Reports) -> None:
+    setproctitle.setproctitle(TITLE)
+    if isinstance(reports, LauncherReports):
+        reports.when_gone(process.launcher_gone)
+    process.run(reports)
 
 
 def main(arguments: list[str]) -> None:
     """`python -m edm.dms.process CONFIG_JSON RUN_DIR`."""
     config_json, run_dir = map(Path, arguments)
-    with reported(run_dir):
-        config = Config.read(config_json)
-    run(config, run_dir)
+    with reported(run_dir) as reports:
+        _run(DmsProcess(Config.read(config_json), run_dir), reports)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ struct edm_engine_config {
     uint64_t local_pages;      /* budget: resident pages of all captured programs together; 0: none */
     uint64_t high_pages;       /* LPET starts above this; 0: derived */
     uint64_t low_pages;        /* … and evicts down to this; 0: derived */
-    uint64_t write_back_pages; /* size of the write-back buffer */
+    uint64_t write_back_pages; /* size of the write-back buffer; 0: 256 */
     uint32_t sweep_us;         /* longest time between two looks at a program's mappings */
     uint32_t spin_us;          /* a fault worker spins this long before it sleeps */
     uint8_t track_writes;      /* write-protect pages restored by a read; clean ones are dropped without a write */
@@ -163,7 +163,7 @@ uint64_t edm_replay_run(struct edm_replay *replay, struct edm_replay_op *ops, ui
 
 /* Pages present in the arena now: what the budget is to bound. */
 uint64_t edm_replay_present(struct edm_replay *replay);
-/* Pin pages (as io_uring's registered buffers are), or let them go: they refuse to move. 0 or -EINVAL. */
+/* Pin pages (as io_uring's registered buffers are), or let them go: whatever is there refuses to move. 0 or -EINVAL. */
 int edm_replay_pin(struct edm_replay *replay, uint64_t page, uint64_t count, int pinned);
 
 #define EDM_REPLAY_ZERO 0

@@ -99,7 +99,7 @@ struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
     pthread_condattr_destroy(&mono);
     budget_set(g);
 
-    g->nslots = (uint32_t)(config->write_back_pages < EDM_STAGING_PAGES ? EDM_STAGING_PAGES : config->write_back_pages);
+    g->nslots = (uint32_t)(config->write_back_pages ? config->write_back_pages : EDM_STAGING_PAGES);
     g->slots = map_pages(g->nslots);
     g->slot = calloc(g->nslots + 1, sizeof *g->slot);
     g->out_pages = map_pages(EDM_OUTBOX_BATCH);

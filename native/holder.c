@@ -3,9 +3,11 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -39,8 +41,30 @@ static void end_programs(void) {
         kill(page->pid[i], SIGKILL);
 }
 
+// `ps` shows the start of the argument area; this copy of it is the holder's own. Source: proc_pid_stat(5), fields
+// 48, 49.
+static void set_title(const char *title) {
+    char text[2048];
+    prctl(PR_SET_NAME, title, 0, 0, 0);
+    int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
+    if (fd >= 0)
+        close(fd);
+    if (n <= 0)
+        return;
+    text[n] = 0;
+    char *p = strrchr(text, ')');
+    for (int field = 2; p && field < 48; field++)
+        p = strchr(p + 1, ' ');
+    unsigned long start = 0, end = 0;
+    if (!p || sscanf(p, "%lu %lu", &start, &end) != 2 || end <= start + strlen(title))
+        return;
+    memset((void *)start, 0, end - start);
+    memcpy((void *)start, title, strlen(title));
+}
+
 static void hold(int handler_fd, int launcher_fd) {
-    prctl(PR_SET_NAME, "edm: holder", 0, 0, 0);
+    set_title("edm: holder");
     setsid();
     sigset_t all;
     sigfillset(&all);

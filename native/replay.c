@@ -110,7 +110,7 @@ static void wake_pages(struct edm_replay *r, uint64_t page, uint64_t count) {
 void replay_drop(struct edm_replay *r, uint64_t a, uint64_t n, bool unmap) {
     for (uint64_t p = a; p < a + n; p++) {
         r->present -= r->bits[p] & RP_PRESENT;
-        r->bits[p] &= unmap ? 0 : RP_REGISTERED;
+        r->bits[p] &= unmap ? RP_PINNED : RP_PINNED | RP_REGISTERED;
     }
 }
 
@@ -151,7 +151,7 @@ static int install(struct space *s, int call, uint64_t page, const void *data, u
             memcpy(r->arena + page * PAGE_SIZE_, data, PAGE_SIZE_);
         else
             memset(r->arena + page * PAGE_SIZE_, 0, PAGE_SIZE_);
-        r->bits[page] = RP_REGISTERED | bits;
+        r->bits[page] = (r->bits[page] & RP_PINNED) | RP_REGISTERED | bits;
         r->present += bits & RP_PRESENT;
     }
     return end(r, page, result);

@@ -51,7 +51,7 @@ void space_unref(struct space *s) {
 // A batch of pages is leaving this space: its outcome must be known before the table changes under it.
 void space_wait_idle(struct space *s) {
     s->refs++;
-    while (s->batch_busy && !atomic_load(&s->engine->stop))
+    while (s->batch_busy)  // at the end too: the LPET finishes its batch, and it has pointers into the table
         pthread_cond_wait(&s->idle, &s->engine->mu);
     space_unref(s);
 }
@@ -149,6 +149,7 @@ void space_forget(struct space *s, uint64_t a, uint64_t b) {
 
 // One entry changes its address. Returns whether the DMS may hold the page.
 static bool entry_rename(struct space *s, struct leaf *l, struct lspt_entry *e, uint64_t to) {
+    uint64_t from = l->base + (uint64_t)(e - l->e);
     struct edm_engine *g = s->engine;
     if (!e->state && !e->flags)
         return false;
@@ -163,6 +164,8 @@ static bool entry_rename(struct space *s, struct leaf *l, struct lspt_entry *e, 
     if (was.state == PS_RESIDENT)
         entry_resident(s, tl, te, to);
     else if (was.state == PS_FETCHING) {
+        // The answer goes to the new address: who waits at the old one looks again what is there now.
+        s->ops->wake(s, from, 1);
         g->fetch[was.where].page = to;
         stored = true;
     } else if (was.state == PS_STAGED) {
@@ -262,7 +265,7 @@ void space_retire(struct space *s) {
     if (s->dead)
         return;
     // A fork read and not yet applied needs the table as it is.
-    while ((s->batch_busy || s->draining || s->applying) && !s->dead && !atomic_load(&g->stop))
+    while ((s->batch_busy || s->draining || s->applying) && !s->dead)
         pthread_cond_wait(&s->idle, &g->mu);
     if (s->dead)
         return;

@@ -14,18 +14,18 @@ struct scenario {
 };
 
 static const struct scenario scenarios[] = {
-    {.name = "budget of 2", .threads = 3, .workers = 2, .budget = 2, .buffer = 8, .ops = 3000, .track = true},
-    {.name = "budget of 8", .threads = 4, .workers = 2, .budget = 8, .buffer = 16, .ops = 4000, .track = true},
-    {.name = "buffer of 1", .threads = 4, .workers = 2, .budget = 16, .buffer = 1, .ops = 3000, .track = true},
-    {.name = "no tracking", .threads = 4, .workers = 2, .budget = 32, .buffer = 64, .ops = 6000},
-    {.name = "asking", .threads = 4, .workers = 2, .budget = 24, .buffer = 16, .ops = 3000, .ask = true, .track = true},
-    {.name = "no budget", .threads = 4, .workers = 2, .buffer = 16, .ops = 4000, .track = true, .structural = true},
+    {.name = "budget of 2", .threads = 3, .workers = 2, .budget = 2, .buffer = 8, .ops = 1500, .track = true},
+    {.name = "budget of 8", .threads = 4, .workers = 2, .budget = 8, .buffer = 16, .ops = 2000, .track = true},
+    {.name = "buffer of 1", .threads = 4, .workers = 2, .budget = 16, .buffer = 1, .ops = 1500, .track = true},
+    {.name = "no tracking", .threads = 4, .workers = 2, .budget = 32, .buffer = 64, .ops = 3000},
+    {.name = "asking", .threads = 4, .workers = 2, .budget = 24, .buffer = 16, .ops = 1500, .ask = true, .track = true},
+    {.name = "no budget", .threads = 4, .workers = 2, .buffer = 16, .ops = 2000, .track = true, .structural = true},
     {.name = "slow server",
      .threads = 6,
      .workers = 3,
      .budget = 48,
      .buffer = 32,
-     .ops = 800,
+     .ops = 400,
      .track = true,
      .fetch_us = 200,
      .evict_us = 2000},
@@ -34,7 +34,7 @@ static const struct scenario scenarios[] = {
      .workers = 2,
      .budget = 32,
      .buffer = 24,
-     .ops = 3000,
+     .ops = 1500,
      .track = true,
      .refuse = 200,
      .error = 10,
@@ -44,7 +44,7 @@ static const struct scenario scenarios[] = {
      .workers = 2,
      .budget = 24,
      .buffer = 24,
-     .ops = 3000,
+     .ops = 1500,
      .track = true,
      .pins = true},
     {.name = "address-space changes",
@@ -52,7 +52,7 @@ static const struct scenario scenarios[] = {
      .workers = 2,
      .budget = 40,
      .buffer = 24,
-     .ops = 4000,
+     .ops = 2000,
      .track = true,
      .structural = true},
     {.name = "address-space changes, slow server",
@@ -60,7 +60,7 @@ static const struct scenario scenarios[] = {
      .workers = 3,
      .budget = 24,
      .buffer = 16,
-     .ops = 600,
+     .ops = 300,
      .track = true,
      .structural = true,
      .refuse = 100,
@@ -71,17 +71,17 @@ static const struct scenario scenarios[] = {
      .workers = 2,
      .budget = 24,
      .buffer = 16,
-     .ops = 2000,
+     .ops = 1000,
      .track = true,
      .ask = true,
      .structural = true},
-    {.name = "forks", .threads = 4, .workers = 2, .budget = 64, .buffer = 48, .ops = 1500, .track = true, .fork = true},
+    {.name = "forks", .threads = 4, .workers = 2, .budget = 64, .buffer = 48, .ops = 750, .track = true, .fork = true},
     {.name = "everything",
      .threads = 5,
      .workers = 3,
      .budget = 48,
      .buffer = 32,
-     .ops = 900,
+     .ops = 450,
      .track = true,
      .structural = true,
      .fork = true,
@@ -253,7 +253,7 @@ static void check_counters(struct edm_engine *g, const struct scenario *sc) {
            c.stale, c.joined);
 }
 
-static void play_scenario(const struct scenario *sc, uint64_t seed) {
+static void play_scenario(const struct scenario *sc, uint64_t seed, uint32_t longer) {
     struct edm_engine_config config = {
         .local_pages = sc->budget, .write_back_pages = sc->buffer, .track_writes = sc->track, .ask = sc->ask};
     struct edm_engine *g = edm_engine_new(&config);
@@ -277,7 +277,7 @@ static void play_scenario(const struct scenario *sc, uint64_t seed) {
         player[i] = (struct player){.run = &run,
                                     .program = run.program,
                                     .number = i,
-                                    .ops = sc->ops,
+                                    .ops = sc->ops * longer,
                                     .random = seed + i,
                                     .first = (uint64_t)i * BLOCK};
         CHECK(pthread_create(&thread[i], NULL, play, &player[i]) == 0);
@@ -296,11 +296,13 @@ static void play_scenario(const struct scenario *sc, uint64_t seed) {
     alarm(0);
 }
 
+// Arguments, each optional: seed, part of a scenario's name, how many times longer.
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : 1;
+    uint32_t longer = argc > 3 ? (uint32_t)atoi(argv[3]) : 1;
     for (size_t i = 0; i < sizeof scenarios / sizeof *scenarios; i++)
         if (argc < 3 || strstr(scenarios[i].name, argv[2]))
-            play_scenario(&scenarios[i], seed);
+            play_scenario(&scenarios[i], seed, longer);
     return 0;
 }

@@ -53,9 +53,11 @@ struct toy_dms {
     uint32_t n;
     uint64_t sequence;
     // By chance, in 1000: an eviction is refused; a page is answered with an error; with other bytes than it has.
-    uint32_t refuse, error, corrupt;
+    _Atomic uint32_t refuse, error, corrupt;
     uint32_t fetch_us, evict_us;  // how long it takes, at most
     _Atomic bool hold;            // answers no eviction
+    _Atomic bool hold_fetch;      // answers no fetch
+    _Atomic uint32_t held_fetches, held_evictions;
     uint64_t drops, clones, moves;
     pthread_t worker[TOY_WORKERS], write_back;
     int workers;
@@ -170,6 +172,13 @@ static void toy_pause(uint32_t most_us, uint64_t *random) {
         usleep((useconds_t)(next_random(random) % most_us));
 }
 
+static void toy_hold(_Atomic bool *hold, _Atomic uint32_t *held) {
+    atomic_fetch_add(held, 1);
+    while (atomic_load(hold))
+        usleep(200);
+    atomic_fetch_sub(held, 1);
+}
+
 static void *toy_worker_thread(void *argument) {
     struct toy_worker w = *(struct toy_worker *)argument;
     struct toy_dms *d = w.dms;
@@ -180,6 +189,7 @@ static void *toy_worker_thread(void *argument) {
     for (int n; (n = edm_poll(d->engine, w.number, 20000)) >= 0;) {
         if (!n)
             continue;
+        toy_hold(&d->hold_fetch, &d->held_fetches);
         toy_pause(d->fetch_us, &random);
         pthread_mutex_lock(&d->mu);
         for (int i = 0; i < n; i++)
@@ -198,8 +208,8 @@ static void *toy_write_back_thread(void *dms) {
     for (int n; (n = edm_outbox_poll(d->engine, &out, 20000)) >= 0;) {
         if (!n)
             continue;
-        while (out.kind == EDM_OUT_EVICT && atomic_load(&d->hold))
-            usleep(500);
+        if (out.kind == EDM_OUT_EVICT)
+            toy_hold(&d->hold, &d->held_evictions);
         toy_pause(d->evict_us, &random);
         pthread_mutex_lock(&d->mu);
         if (out.kind == EDM_OUT_EVICT)
@@ -230,6 +240,13 @@ static void toy_join(struct toy_dms *d) {
     for (int i = 0; i < d->workers; i++)
         pthread_join(d->worker[i], NULL);
     pthread_join(d->write_back, NULL);
+}
+
+static inline uint32_t toy_regions(struct toy_dms *d) {
+    pthread_mutex_lock(&d->mu);
+    uint32_t n = d->n;
+    pthread_mutex_unlock(&d->mu);
+    return n;
 }
 
 static void toy_free(struct toy_dms *d) {

@@ -49,7 +49,7 @@ class Control:
     def close(self) -> None:
         """Hang up on everybody."""
         self._listener.close()
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             try:
                 peer.shutdown(socket.SHUT_RDWR)
             except OSError:  # it hung up first

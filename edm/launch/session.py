@@ -171,7 +171,8 @@ class Session:
         """Processes the program left behind have their pages here: we stay as long as they do."""
         said, since, asked = False, time.monotonic(), ending.asked
         while True:
-            pids = self._captured()
+            # The DM-Handler does not know a program between its exec and its hand-over; its environment tells.
+            pids = self._captured() or self._captured_last()
             if not pids:
                 return
             if asked:

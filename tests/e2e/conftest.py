@@ -1,0 +1,141 @@
+"""`edm run` as a user calls it: real userfaultfd, real MPI ranks, real programs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import attrs
+import pytest
+
+from edm._native import lib
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def pytest_collection_modifyitems(items):
+    result = lib.edm_uffd_check()
+    if result:
+        reason = f"userfaultfd is not permitted here: {os.strerror(-result)}"
+        for item in items:
+            if "uffd" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@attrs.frozen
+class Ran:
+    """What a finished `edm run` left: exit status as subprocess gives it (-N: died of signal N)."""
+
+    status: int
+    out: bytes
+    err: str
+
+
+def edm_processes():
+    """Pids of processes with one of EDM's titles, sidecars included."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (entry / "comm").read_text().strip()
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if (title.startswith("edm: ") or line.startswith("edm: ")) and state != "Z":
+            found[int(entry.name)] = line if line.startswith("edm: ") else title
+    return found
+
+
+class Edm:
+    """Starts `edm run …` with its directories under `directory`, and looks after what it leaves."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.sockets = directory / "run"
+        self.files = directory / "files"
+        for path in (self.sockets, self.files):
+            path.mkdir()
+        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(self.sockets), "TMPDIR": str(self.files)}
+        self.environment.pop("LD_PRELOAD", None)
+        self._before = set(edm_processes())
+        self._started = []
+
+    def start(self, *arguments, **keywords):
+        """Start `edm ARGUMENTS` in a session of its own."""
+        keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.environment, **keywords}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edm", *map(str, arguments)], stdin=subprocess.DEVNULL, start_new_session=True, **keywords
+        )
+        self._started.append(process)
+        return process
+
+    def __call__(self, *arguments, timeout=90, **keywords):
+        """Run `edm ARGUMENTS` to its end."""
+        process = self.start(*arguments, **keywords)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.end(process)
+            out, err = process.communicate()
+            pytest.fail(f"edm {' '.join(map(str, arguments))} hung; stderr: {err.decode(errors='replace')[-2000:]}")
+        return Ran(process.returncode, out, err.decode(errors="replace"))
+
+    def run(self, *arguments, **keywords):
+        """Run `edm run ARGUMENTS`."""
+        return self("run", *arguments, **keywords)
+
+    def left_behind(self, within_s=10.0):
+        """Processes and files of ours that are still there; empty if all is tidy within the time."""
+        end = time.monotonic() + within_s
+        while True:
+            processes = {pid: title for pid, title in edm_processes().items() if pid not in self._before}
+            files = [str(path) for base in (self.sockets, self.files) for path in base.iterdir()]
+            if (not processes and not files) or time.monotonic() > end:
+                return processes, files
+            time.sleep(0.05)
+
+    def end(self, process):
+        """Kill the session of a process started here."""
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def close(self):
+        for process in self._started:
+            self.end(process)
+            for stream in (process.stdout, process.stderr):
+                if stream:
+                    stream.close()
+        for pid in edm_processes():
+            if pid not in self._before:
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def edm(tmp_path):
+    runner = Edm(tmp_path)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """Compile one of tests/e2e/programs, once: `program("working_set")`."""
+    directory = tmp_path_factory.mktemp("programs")
+
+    def build(name):
+        target = directory / name
+        if not target.exists():
+            compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+            subprocess.run(
+                [compiler, "-O2", "-pthread", "-o", target, PROGRAMS / f"{name}.c"], check=True, timeout=60
+            )
+        return target
+
+    return build

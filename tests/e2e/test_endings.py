@@ -1,0 +1,196 @@
+"""How `edm run` ends: the program's exit status and signals are its own, a mistake is one line, nothing is left."""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
+
+SLEEPER = "import time; data = bytearray(8 << 20); print('up', flush=True); time.sleep(60)"
+
+
+def one_line(text):
+    assert text.endswith("\n")
+    assert text.count("\n") == 1, text
+    assert text.startswith("edm: ")
+    return text
+
+
+@pytest.mark.parametrize("transport", [pytest.param("mpi", marks=pytest.mark.mpi), "inproc"])
+def test_exit_status_is_the_programs(edm, transport):
+    assert edm.run("--transport", transport, "--", "false").status == 1
+    assert edm.run("--transport", transport, "--", "sh", "-c", "exit 37").status == 37
+    assert edm.left_behind() == ({}, [])
+
+
+def test_streams_are_the_programs(edm):
+    ran = edm.run("--transport", "inproc", "--", "sh", "-c", "echo out; echo err >&2")
+    assert (ran.status, ran.out, ran.err) == (0, b"out\n", "err\n")
+
+
+def test_unknown_program_is_127(edm):
+    ran = edm.run("--", "nosuchprogram")
+    assert ran.status == 127
+    assert one_line(ran.err) == "edm: nosuchprogram: command not found\n"
+
+
+def test_file_that_is_not_executable_is_126(edm, tmp_path):
+    path = tmp_path / "script"
+    path.write_text("#!/bin/sh\n")
+    ran = edm.run("--", path)
+    assert ran.status == 126
+    assert "not executable" in one_line(ran.err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_death_by_signal_is_ours_too(edm, number):
+    ran = edm.run("--transport", "inproc", "--", "sh", "-c", f"kill -{int(number)} $$")
+    assert ran.status == -number
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("transport", [pytest.param("mpi", marks=pytest.mark.mpi), "inproc"])
+def test_signal_ends_everything(edm, transport, number):
+    process = edm.start("run", "--transport", transport, "--local-memory", "4M", "--", sys.executable, "-c", SLEEPER)
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode in {-number, 1}  # Python turns SIGINT into KeyboardInterrupt, and then dies of it
+    assert edm.left_behind() == ({}, [])
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_program_once(edm, tmp_path):
+    code = """
+import signal, sys, time
+hits = []
+signal.signal(signal.SIGINT, lambda *_: hits.append(1))
+print("up", flush=True)
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    time.sleep(0.05)
+print(len(hits), flush=True)
+"""
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edm", "run", "--transport", "inproc", "--no-summary", "--", sys.executable, "-c", code],
+        stdin=slave,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=edm.environment,
+        preexec_fn=lambda: (os.setsid(), __import__("fcntl").ioctl(0, 0x540E, 0)),  # TIOCSCTTY
+    )
+    try:
+        assert process.stdout.readline() == b"up\n"
+        os.write(master, b"\x03")
+        out, _ = process.communicate(timeout=30)
+    finally:
+        edm.end(process)
+        os.close(master)
+        os.close(slave)
+    assert (process.returncode, out) == (0, b"1\n")
+    assert edm.left_behind() == ({}, [])
+
+
+def test_titles_in_ps(edm):
+    process = edm.start("run", "--transport", "zmq", "--local-memory", "4M", "--", sys.executable, "-c", SLEEPER)
+    assert process.stdout.readline() == b"up\n"
+    processes, _ = edm.left_behind(within_s=0)
+    assert set(processes.values()) >= {"edm: dms", "edm: dm-handler", "edm: holder", "edm: sidecar"}
+    edm.end(process)
+    assert edm.left_behind() == ({}, [])
+
+
+def test_a_program_left_behind_is_served_until_it_ends(edm):
+    script = f"{sys.executable} -c 'import time; d = bytearray(9 << 20); time.sleep(2); print(sum(d))' & echo started"
+    began = time.monotonic()
+    ran = edm.run("--transport", "inproc", "--local-memory", "4M", "--", "sh", "-c", script)
+    assert (ran.status, ran.out) == (0, b"started\n0\n")
+    assert "still serving 1 process" in ran.err
+    assert time.monotonic() - began > 2
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--transport", "rdma"], "unknown transport 'rdma' (installed: "),
+        (["--store", "nosuch"], "unknown store 'nosuch' (installed: "),
+        (["--local-memory", "3X"], "bad size '3X'"),
+        (["--local-memory", "4K"], "is too small: EDM needs at least 256K"),
+        (["--path", "/nosuch/dir"], "--path /nosuch/dir: no such directory"),
+        (["--path", "/proc"], "/proc"),
+        (["--frobnicate"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(edm, tmp_path, arguments, says):
+    flag = tmp_path / "ran"
+    ran = edm.run(*arguments, "--", "touch", flag)
+    assert ran.status == 2
+    assert says.lower() in one_line(ran.err).lower()
+    assert not flag.exists()
+    assert edm.left_behind(within_s=1) == ({}, [])
+
+
+def test_static_program_is_refused_with_the_reason(edm, tmp_path):
+    source, target = tmp_path / "static.c", tmp_path / "static"
+    source.write_text('#include <unistd.h>\nint main(void) { return write(1, "ran\\n", 4) != 4; }\n')
+    subprocess.run(["cc", "-static", "-o", target, source], check=True)
+    ran = edm.run("--", target)
+    assert ran.status == 2
+    assert "statically linked" in one_line(ran.err)
+    ran = edm.run("--uncaptured", "--", target)
+    assert (ran.status, ran.out) == (0, b"ran\n")
+    assert "statically linked" in one_line(ran.err)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_no_permission_names_the_remedy():
+    if stat.S_IMODE(os.stat("/dev/userfaultfd").st_mode) & 0o006 or _unprivileged_allowed():
+        pytest.skip("userfaultfd is open to everybody on this machine")
+    code = """
+import os, sys
+from edm.errors import UsageError
+from edm.plugins.source_uffd.permission import check
+os.setgid(65534)
+os.setuid(65534)
+try:
+    check()
+except UsageError as error:
+    print(error)
+    sys.exit(2)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert "no permission for userfaultfd" in ran.stdout
+    assert "sysctl -w vm.unprivileged_userfaultfd=1" in ran.stdout
+
+
+def _unprivileged_allowed():
+    with open("/proc/sys/vm/unprivileged_userfaultfd") as file:
+        return file.read().strip() == "1"
+
+
+@pytest.mark.mpi
+def test_ranks_by_hand(edm, program, tmp_path):
+    mpiexec = shutil.which("mpiexec", path=os.path.dirname(sys.executable)) or shutil.which("mpiexec")
+    command = [program("working_set"), 12, 1]
+    edm_command = [sys.executable, "-m", "edm"]
+    store = tmp_path / "dms"
+    store.mkdir()
+    arguments = [
+        *(mpiexec, "-n", "1", *edm_command, "dms", "--transport", "mpi", "--path", store, ":"),
+        *("-n", "1", *edm_command, "run", "--local-memory", "4M", "--report", tmp_path / "r.json", "--", *command),
+    ]
+    ran = subprocess.run(list(map(str, arguments)), capture_output=True, timeout=90, env=edm.environment)
+    assert ran.returncode == 0, ran.stderr
+    expected = subprocess.run(list(map(str, command)), capture_output=True).stdout
+    assert ran.stdout.endswith(expected)
+    assert b'"fetches": 0' not in (tmp_path / "r.json").read_bytes()
+    assert edm.left_behind() == ({}, [])

@@ -1,0 +1,173 @@
+"""Real programs in a fraction of their memory: the same output, the budget kept, nothing left behind."""
+
+import json
+import random
+import shutil
+import subprocess
+import time
+
+import pytest
+
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
+
+TRANSPORTS = [pytest.param("mpi", marks=pytest.mark.mpi), "zmq", "inproc"]
+SLACK_BYTES = 12 << 20
+"""Above the budget for a moment: what a program touches before its new memory is first seen, and one staging area."""
+
+
+def plain(*command):
+    return subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=60).stdout
+
+
+def report_of(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def big_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "big.txt"
+    numbers = random.Random(1)
+    path.write_text("".join(f"{numbers.getrandbits(96):x} {i}\n" for i in range(150_000)))
+    return path
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_working_set_over_budget_is_the_same_over_every_transport(edm, program, tmp_path, transport):
+    command = (program("working_set"), 24, 1)
+    ran = edm.run("--transport", transport, "--local-memory", "6M", "--report", tmp_path / "r.json", "--", *command)
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out == plain(*command)
+    counters = report_of(tmp_path / "r.json")["counters"]
+    assert counters["evictions"] > 2000
+    assert counters["fetches"] > 1000
+    assert counters["internal_errors"] == counters["lost"] == 0
+    assert edm.left_behind() == ({}, [])
+
+
+def test_sort_is_the_same(edm, big_text, tmp_path):
+    command = ("sort", "-S", "200M", big_text)
+    ran = edm.run("--local-memory", "8M", "--report", tmp_path / "r.json", "--", *command)
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out == plain(*command)
+    assert report_of(tmp_path / "r.json")["counters"]["evictions"] > 1000
+
+
+def test_python_is_the_same(edm, tmp_path):
+    code = """
+import hashlib
+words = {f"{i * 7919 % 100003:x}": [i] * (i % 5) for i in range(60000)}
+for i in range(0, 60000, 3):
+    words[f"{i * 7919 % 100003:x}"].append("x" * (i % 50))
+print(len(words), hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest())
+"""
+    command = (shutil.which("python3"), "-c", code)
+    ran = edm.run("--transport", "inproc", "--local-memory", "8M", "--report", tmp_path / "r.json", "--", *command)
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out == plain(*command)
+    assert report_of(tmp_path / "r.json")["counters"]["evictions"] > 1000
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="no sqlite3 here")
+def test_sqlite_is_the_same(edm, tmp_path):
+    sql = """create table t(a, b);
+with recursive c(x) as (select 1 union all select x + 1 from c where x < 100000) insert into t select x, hex(x * 7919) from c;
+create index i on t(b); select count(*), sum(a), max(b) from t where b like '3%'; select b from t order by b limit 5;"""
+    command = ("sqlite3", ":memory:", sql)
+    ran = edm.run("--local-memory", "4M", "--report", tmp_path / "r.json", "--", *command)
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out == plain(*command)
+    assert report_of(tmp_path / "r.json")["counters"]["evictions"] > 500
+
+
+def captured_resident_bytes(pid):
+    """Anonymous memory of a process, its stack left out, as the kernel counts it. Source: proc_pid_smaps(5)."""
+    total, anonymous = 0, False
+    try:
+        with open(f"/proc/{pid}/smaps") as file:
+            for line in file:
+                words = line.split()
+                if "-" in words[0] and not words[0].endswith(":"):
+                    name = words[5] if len(words) > 5 else ""
+                    anonymous = words[1].endswith("p") and words[4] == "0" and name in {"", "[heap]"}
+                elif anonymous and words[0] == "Rss:":
+                    total += int(words[1]) * 1024
+    except OSError:
+        return 0
+    return total
+
+
+def child_running(pid, name):
+    """The pid of the program that `edm run` (pid) has started, once it is there."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        out = subprocess.run(["pgrep", "-P", str(pid), "-x", name], capture_output=True, text=True).stdout.split()
+        if out:
+            return int(out[0])
+        time.sleep(0.02)
+    pytest.fail(f"no {name} was started")
+
+
+@pytest.mark.mpi
+def test_256_megabytes_in_64_keep_the_budget(edm, program, tmp_path):
+    command = (program("working_set"), 256, 1)
+    process = edm.start("run", "--local-memory", "64M", "--report", tmp_path / "r.json", "--", *command)
+    pid, peak = child_running(process.pid, "working_set"), 0
+    while process.poll() is None:
+        peak = max(peak, captured_resident_bytes(pid))
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, b"")
+    assert out == plain(*command)
+    report = report_of(tmp_path / "r.json")
+    counters = report["counters"]
+    assert counters["evictions"] > 100_000
+    assert counters["fetches"] > 100_000
+    assert 32 << 20 < peak <= (64 << 20) + SLACK_BYTES
+    assert counters["peak_resident"] * 4096 <= (64 << 20) + SLACK_BYTES
+    assert edm.left_behind() == ({}, [])
+
+
+def test_a_child_of_a_fork_sees_what_its_parent_wrote(edm, tmp_path):
+    code = """
+import os, hashlib
+data = bytearray(12_000_000)
+for i in range(0, len(data), 4096):
+    data[i] = i // 4096 % 251
+for round in range(4):
+    before = hashlib.md5(data).hexdigest()
+    child = os.fork()
+    if child == 0:
+        good = hashlib.md5(data).hexdigest() == before
+        for i in range(0, len(data), 8192):
+            data[i] = 7
+        good &= all(data[i] == 7 for i in range(0, len(data), 8192))
+        os._exit(0 if good else 3)
+    data[round * 1000] ^= 0xFF
+    mine = hashlib.md5(data).hexdigest()
+    assert os.waitpid(child, 0)[1] == 0
+    assert hashlib.md5(data).hexdigest() == mine
+    print(round, mine)
+"""
+    command = (shutil.which("python3"), "-c", code)
+    ran = edm.run("--transport", "inproc", "--local-memory", "4M", "--report", tmp_path / "r.json", "--", *command)
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out == plain(*command)
+    counters = report_of(tmp_path / "r.json")["counters"]
+    assert counters["events_fork"] >= 4
+    assert counters["internal_errors"] == counters["lost"] == 0
+
+
+def test_a_pipeline_of_captured_programs(edm):
+    script = "seq 60000 | sort -R --random-source=/dev/zero | sort -n | md5sum; echo $((6 * 7))"
+    ran = edm.run("--transport", "inproc", "--local-memory", "4M", "--", "sh", "-c", script)
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out == plain("sh", "-c", script)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_malloc_in_many_threads(edm, program, threads):
+    command = (program("thread_malloc"), 16)
+    ran = edm.run(
+        "--transport", "inproc", "--fault-threads", threads, "--local-memory", "2M", "--", *command
+    )
+    assert (ran.status, ran.out, ran.err) == (0, b"ok\n", "")

@@ -13,12 +13,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edm.errors import ProtocolError, TransportError, TransportTimeout
 from edm.types import PAGE_BYTES
-from edm.wire import Frame, Head, Kind, pack_control, scatter, unpack_control
+from edm.wire import Frame, Head, Kind, pack_control, unpack_control
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edm.types import PageRefs
+
+
+# An enum's members are slow to look up, and these are on the path of every page.
+_GET, _PAGES, _EVICT, _ACK, _CONTROL, _ANSWER, _REFUSED = map(
+    int, (Kind.GET, Kind.PAGES, Kind.EVICT, Kind.ACK, Kind.CONTROL, Kind.ANSWER, Kind.REFUSED)
+)
 
 
 class Link(Protocol):
@@ -80,15 +86,15 @@ class Conversation:
         self._deadline = 0.0
         self.late = 0
 
-    def start(self, kind: Kind, count: int, text_bytes: int, pages: int, deadline: float) -> None:
+    def start(self, kind: int, count: int, text_bytes: int, pages: int, deadline: float) -> None:
         """Send the request that stands in `out`; it has to be answered by `deadline` (`time.monotonic()`)."""
         self._request += 1
         instance = self._session.instances[self._server]
-        self._length = self.out.seal(Head(kind, count, self._number, instance, self._request, text_bytes, pages))
+        self._length = self.out.seal(kind, count, self._number, instance, self._request, text_bytes, pages)
         self._deadline = deadline
         self.link.send(self.out, self._length, deadline)
 
-    def finish(self, wanted: Kind, count: int) -> Head:
+    def finish(self, wanted: int, count: int) -> Head:
         """Wait for the reply to the request last sent; it is then in `reply`.
 
         Raises `TransportTimeout`, `PeerLost`, `ProtocolError`, or `TransportError` with the server's reason if it
@@ -105,8 +111,8 @@ class Conversation:
                 continue
             if head.kind == wanted and head.batch == count:
                 return head
-            if head.kind == Kind.REFUSED:
-                raise TransportError(f"the memory server refused: {self.reply.text(head).decode(errors='replace')}")
+            if head.kind == _REFUSED:
+                raise TransportError(f"the memory server refused: {self.reply.text().decode(errors='replace')}")
             raise ProtocolError(f"a reply of kind {head.kind} for {head.batch} pages to a request for {count}")
 
     def _until(self) -> float:
@@ -157,19 +163,13 @@ class WireChannel:
 def fetch(conversation: Conversation, refs: PageRefs, deadline: float) -> None:
     """Start a `RequestGetPage`."""
     conversation.out.put_refs(refs)
-    conversation.start(Kind.GET, len(refs), 0, 0, deadline)
+    conversation.start(_GET, len(refs), 0, 0, deadline)
 
 
 def receive_pages(conversation: Conversation, refs: PageRefs, into: memoryview) -> None:
     """Finish a `RequestGetPage`: references and pages into the caller's batch."""
-    count = len(refs)
-    head = conversation.finish(Kind.PAGES, count)
-    conversation.reply.take_refs(refs)
-    pages = conversation.reply.pages(count)
-    if head.pages == count:
-        into[: count * PAGE_BYTES] = pages
-    elif head.pages:
-        scatter(refs, pages, into)
+    conversation.finish(_PAGES, len(refs))
+    conversation.reply.take(refs, into)
 
 
 def evict(conversation: Conversation, refs: PageRefs, pages: memoryview, deadline: float) -> None:
@@ -177,23 +177,23 @@ def evict(conversation: Conversation, refs: PageRefs, pages: memoryview, deadlin
     count = len(refs)
     conversation.out.put_refs(refs)
     conversation.out.pages(count)[:] = pages[: count * PAGE_BYTES]
-    conversation.start(Kind.EVICT, count, 0, count, deadline)
+    conversation.start(_EVICT, count, 0, count, deadline)
 
 
 def receive_ack(conversation: Conversation, refs: PageRefs) -> str:
     """Finish a `RequestEvictPage` by its `AckPage`."""
-    head = conversation.finish(Kind.ACK, len(refs))
+    conversation.finish(_ACK, len(refs))
     conversation.reply.take_refs(refs)
-    return conversation.reply.text(head).decode(errors="replace")
+    return conversation.reply.text().decode(errors="replace")
 
 
 def ask(conversation: Conversation, request: Mapping[str, Any], deadline: float) -> None:
     """Start a control request."""
     text_bytes = conversation.out.put_text(pack_control(request))
-    conversation.start(Kind.CONTROL, 0, text_bytes, 0, deadline)
+    conversation.start(_CONTROL, 0, text_bytes, 0, deadline)
 
 
 def receive_answer(conversation: Conversation) -> dict[str, Any]:
     """Finish a control request."""
-    head = conversation.finish(Kind.ANSWER, 0)
-    return unpack_control(conversation.reply.text(head))
+    conversation.finish(_ANSWER, 0)
+    return unpack_control(conversation.reply.text())

@@ -1,7 +1,8 @@
 """The one wire layout of all transports: a header, page references, then pages or a text.
 
 Place on the path: the DM-Handler's side of a transport seals requests [5] and opens replies [11]; the DMS's side the
-other way round. docs/protocol.md is the description for implementers; this module is the implementation.
+other way round. docs/protocol.md is the description for implementers; the
+implementation is this module and native/wire.c.
 
 A `Frame` is a contiguous buffer that holds one message at a time. It is made once for each channel and direction:
 nothing is allocated per message, and a message that claims to be larger than the frame is refused, not fitted.
@@ -9,34 +10,28 @@ nothing is allocated per message, and a message that claims to be larger than th
 
 from __future__ import annotations
 
-import struct
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
 from edm._native import ffi, lib
 from edm.errors import ProtocolError
-from edm.types import MAX_BATCH_PAGES, PAGE_BYTES, PAGE_REF, GetStatus
+from edm.types import MAX_BATCH_PAGES, PAGE_BYTES, PAGE_REF
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edm.types import PageRefs
 
-MAGIC: Final = int.from_bytes(b"EDMw", "little")
 VERSION: Final = 1
-HEADER: Final = struct.Struct("<IBBHIIQIIII")
-HEADER_BYTES: Final = HEADER.size
-KIND_AT: Final = 5
+HEADER_BYTES: Final = 40
 REF_BYTES: Final = PAGE_REF.itemsize
 MAX_TEXT_BYTES: Final = 1024
 MAX_CONTROL_BYTES: Final = 256 << 10
 MAX_MESSAGE_BYTES: Final = HEADER_BYTES + MAX_BATCH_PAGES * (REF_BYTES + PAGE_BYTES)
-
-_CHECKSUM: Final = struct.Struct("<I")
-_CHECKSUM_AT: Final = HEADER_BYTES - _CHECKSUM.size
+_REFS: Final = ffi.typeof("struct edm_page_ref[]")
 
 
 class Kind(IntEnum):
@@ -54,8 +49,8 @@ class Kind(IntEnum):
     REFUSED = 11
 
 
-class Head(NamedTuple):
-    """The fixed header, as far as the two sides use it.
+class Head(Protocol):
+    """The fixed header of a message that `Frame.open` has accepted.
 
     batch: page references. channel, instance: who asks. request: number of the request, echoed by the reply.
     text_bytes: length of the text or msgpack map behind the references. pages: pages behind the references.
@@ -70,19 +65,15 @@ class Head(NamedTuple):
     pages: int
 
 
-# kind → (fewest refs, most refs, most text bytes, what `pages` must be)
-_NONE, _ALL, _SOME = range(3)
-_SHAPES: Final[dict[int, tuple[int, int, int, int]]] = {
-    Kind.GET: (1, MAX_BATCH_PAGES, 0, _NONE),
-    Kind.PAGES: (1, MAX_BATCH_PAGES, 0, _SOME),
-    Kind.EVICT: (1, MAX_BATCH_PAGES, 0, _ALL),
-    Kind.ACK: (1, MAX_BATCH_PAGES, MAX_TEXT_BYTES, _NONE),
-    Kind.CONTROL: (0, 0, MAX_CONTROL_BYTES, _NONE),
-    Kind.ANSWER: (0, 0, MAX_CONTROL_BYTES, _NONE),
-    Kind.PING: (0, 0, 0, _NONE),
-    Kind.PONG: (0, 0, 0, _NONE),
-    Kind.BYE: (0, 0, 0, _NONE),
-    Kind.REFUSED: (0, 0, MAX_TEXT_BYTES, _NONE),
+_WRONG: Final = {
+    lib.EDM_WIRE_LENGTH: "a message of {length} bytes",
+    lib.EDM_WIRE_MAGIC: "not a message of EDM",
+    lib.EDM_WIRE_VERSION: "a message of another protocol version; this side speaks version {version}",
+    lib.EDM_WIRE_CLAIM: "a message of {length} bytes that says it has another length",
+    lib.EDM_WIRE_KIND: "a message of unknown kind {head.kind}",
+    lib.EDM_WIRE_SHAPE: "a message of kind {head.kind} with the wrong shape",
+    lib.EDM_WIRE_CHECKSUM: "a message whose checksum does not match",
+    lib.EDM_WIRE_PRESENT: "a reply with {head.pages} pages whose references say otherwise",
 }
 
 
@@ -92,10 +83,11 @@ class Frame:
     view: the whole buffer, writable. refs: the page references of a message, of which the first `count` mean something.
     """
 
-    __slots__ = ("_pointer", "array", "capacity", "refs", "view")
+    __slots__ = ("_head", "_pointer", "array", "capacity", "refs", "view")
 
     def __init__(self) -> None:
         self.capacity = MAX_MESSAGE_BYTES
+        self._head = ffi.new("struct edm_wire_head *")
         self.renew()
 
     def renew(self) -> None:
@@ -105,6 +97,11 @@ class Frame:
         self.view = self.array.data
         self.refs: PageRefs = np.frombuffer(self.array, PAGE_REF, MAX_BATCH_PAGES, HEADER_BYTES)
         self._pointer = ffi.from_buffer(self.array)
+
+    @property
+    def kind(self) -> int:
+        """The kind of the message that `open` saw last, accepted or not; 0 if it was not EDM's."""
+        return self._head.kind  # type: ignore[no-any-return]
 
     def put_refs(self, refs: PageRefs) -> None:
         """Copy page references in; refs: contiguous."""
@@ -127,95 +124,53 @@ class Frame:
         self.view[start : start + len(text)] = text
         return len(text)
 
-    def text(self, head: Head) -> bytes:
-        """The text of a message that `open` has accepted."""
-        start = HEADER_BYTES + head.batch * REF_BYTES
-        return bytes(self.view[start : start + head.text_bytes])
+    def text(self) -> bytes:
+        """The text of the message that `open` has accepted last."""
+        start = HEADER_BYTES + self._head.batch * REF_BYTES
+        return bytes(self.view[start : start + self._head.text_bytes])
 
-    def seal(self, head: Head) -> int:
-        """Write the header over references, text and pages that are in place; returns the message's length."""
-        kind, count, channel, instance, request, text_bytes, pages = head
-        checked = HEADER_BYTES + count * REF_BYTES + text_bytes
-        length = checked + pages * PAGE_BYTES
-        HEADER.pack_into(
-            self.view, 0, MAGIC, VERSION, kind, count, channel, instance, request, text_bytes, pages, length, 0
-        )
-        _CHECKSUM.pack_into(self.view, _CHECKSUM_AT, lib.edm_crc32c(self._pointer, checked))
+    def seal(
+        self, kind: int, batch: int, channel: int, instance: int, request: int, text_bytes: int = 0, pages: int = 0
+    ) -> int:
+        """Write the header over references, text and pages that are in place; returns the message's length.
+
+        The arguments are the fields of `Head`.
+        """
+        length: int = lib.edm_wire_seal(self._pointer, kind, batch, channel, instance, request, text_bytes, pages)
         return length
 
     def open(self, length: int) -> Head:
         """Check the message of `length` bytes in this frame; raises `ProtocolError` for whatever breaks the layout.
 
         What is accepted has the shape its kind demands and a right checksum over header, references and text; pages
-        have a checksum each, in their references, which whoever uses the pages verifies.
+        have a checksum each, in their references, which whoever uses the pages verifies. The result is valid until the
+        next call.
         """
-        if not HEADER_BYTES <= length <= self.capacity:
-            raise ProtocolError(f"a message of {length} bytes")
-        magic, version, kind, count, channel, instance, request, text_bytes, pages, claimed, checksum = (
-            HEADER.unpack_from(self.view)
-        )
-        if magic != MAGIC:
-            raise ProtocolError("not a message of EDM")
-        if version != VERSION:
-            raise ProtocolError(f"a message of protocol version {version}; this side speaks {VERSION}")
-        head = Head(kind, count, channel, instance, request, text_bytes, pages)
-        checked = HEADER_BYTES + count * REF_BYTES + text_bytes
-        if claimed != length or checked + pages * PAGE_BYTES != length:
-            raise ProtocolError(f"a message of {length} bytes that says it has {claimed}")
-        _check_shape(head)
-        _CHECKSUM.pack_into(self.view, _CHECKSUM_AT, 0)
-        if lib.edm_crc32c(self._pointer, checked) != checksum:
-            raise ProtocolError("a message whose checksum does not match")
-        if kind == Kind.PAGES and existing(self.refs[:count]) != pages:
-            raise ProtocolError(f"a reply with {pages} pages whose references say otherwise")
-        return head
+        wrong = lib.edm_wire_open(self._pointer, length, self.capacity, self._head)
+        if wrong:
+            raise ProtocolError(_WRONG[wrong].format(length=length, head=self._head, version=VERSION))
+        return self._head  # type: ignore[no-any-return]
 
-    def request_number(self, length: int) -> tuple[int, int] | None:
-        """The channel and request of a message that `open` refused, where it is at least EDM's: to refuse it by."""
-        if length < HEADER_BYTES:
-            return None
-        magic, _, _, _, channel, _, request, *_ = HEADER.unpack_from(self.view)
-        return (channel, request) if magic == MAGIC else None
+    def take(self, refs: PageRefs, into: memoryview) -> None:
+        """From the reply to a get that `open` has accepted: references to `refs`, existing pages to their places.
 
+        refs: those that were asked for. Pages that do not exist are left alone in `into`. Raises `ProtocolError` if the
+        reply is about other pages.
+        """
+        if lib.edm_wire_take(
+            self._pointer, self._head, ffi.from_buffer(_REFS, refs), ffi.from_buffer(into, require_writable=True)
+        ):
+            raise ProtocolError("a reply about other pages than were asked for")
 
-def _check_shape(head: Head) -> None:
-    shape = _SHAPES.get(head.kind)
-    if shape is None:
-        raise ProtocolError(f"a message of unknown kind {head.kind}")
-    fewest, most, most_text, pages = shape
-    fits = (
-        fewest <= head.batch <= most
-        and head.text_bytes <= most_text
-        and (head.pages <= head.batch if pages == _SOME else head.pages == (head.batch if pages == _ALL else 0))
-    )
-    if not fits:
-        raise ProtocolError(f"a message of kind {Kind(head.kind).name} with the wrong shape")
+    def gather(self, batch: int) -> int:
+        """Move the existing pages of a batch together, in place, so that only they are sent; how many there are."""
+        found: int = lib.edm_wire_gather(self._pointer, batch)
+        return found
 
-
-def existing(refs: PageRefs) -> int:
-    """How many of `refs` have a page in the reply."""
-    if len(refs) == 1:
-        return int(refs["status"][0] == GetStatus.EXISTING_PAGE)
-    return int(np.count_nonzero(refs["status"] == GetStatus.EXISTING_PAGE))
-
-
-def gather(refs: PageRefs, pages: memoryview) -> int:
-    """Move the existing pages of a batch together, in place, so that only they are sent; returns how many there are."""
-    found = np.flatnonzero(refs["status"] == GetStatus.EXISTING_PAGE)
-    for to, at in enumerate(found.tolist()):
-        if to != at:
-            pages[to * PAGE_BYTES : (to + 1) * PAGE_BYTES] = pages[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
-    return len(found)
-
-
-def scatter(refs: PageRefs, pages: memoryview, into: memoryview) -> None:
-    """Put the pages of a reply where they belong in the batch; pages that do not exist are left alone in `into`."""
-    found = np.flatnonzero(refs["status"] == GetStatus.EXISTING_PAGE)
-    if len(found) == len(refs):
-        into[: len(found) * PAGE_BYTES] = pages[: len(found) * PAGE_BYTES]
-        return
-    for at, to in enumerate(found.tolist()):
-        into[to * PAGE_BYTES : (to + 1) * PAGE_BYTES] = pages[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
+    def asked_by(self) -> tuple[int, int] | None:
+        """The channel and request of the message that `open` has just refused, if it was EDM's: to refuse it by."""
+        head = self._head
+        return (head.channel, head.request) if head.kind else None
 
 
 def pack_control(request: Mapping[str, Any]) -> bytes:

@@ -173,3 +173,41 @@ int edm_replay_pin(struct edm_replay *replay, uint64_t page, uint64_t count, int
 #define EDM_REPLAY_CALLS 4
 /* After `after` more calls of that kind, the next `count` fail with `error` (a positive errno). 0 or -EINVAL. */
 int edm_replay_fail(struct edm_replay *replay, int call, uint32_t after, uint32_t count, int error);
+
+/* ---- wire layout (native/wire.c): called by both ends of a transport through edm.wire; docs/protocol.md --------- */
+
+struct edm_wire_head {
+    uint64_t request;
+    uint32_t channel;
+    uint32_t instance;
+    uint32_t text_bytes;
+    uint32_t batch; /* page references */
+    uint32_t pages; /* pages behind them */
+    uint32_t kind;  /* edm.wire.Kind */
+};
+
+#define EDM_WIRE_OK 0
+#define EDM_WIRE_LENGTH 1   /* shorter than a header, or longer than the buffer */
+#define EDM_WIRE_MAGIC 2    /* not EDM's */
+#define EDM_WIRE_VERSION 3  /* another version's */
+#define EDM_WIRE_CLAIM 4    /* says that it has another length */
+#define EDM_WIRE_KIND 5     /* no such kind */
+#define EDM_WIRE_SHAPE 6    /* not what a message of its kind looks like */
+#define EDM_WIRE_CHECKSUM 7 /* damaged */
+#define EDM_WIRE_PRESENT 8  /* its references tell of more or fewer pages than it has */
+
+/* Write the header over references, text and pages that are in place in `frame`; returns the message's length. */
+uint64_t edm_wire_seal(void *frame, uint32_t kind, uint32_t batch, uint32_t channel, uint32_t instance,
+                       uint64_t request, uint32_t text_bytes, uint32_t pages);
+
+/* Check the message of `length` bytes in `frame`, which holds at most `capacity`. Reads no byte beyond `length`, leaves it as it was.
+   EDM_WIRE_OK with *head filled in, or the first thing that is wrong, with `head->kind`, `batch` and `pages` as found
+   where there is a header. */
+int edm_wire_open(void *frame, uint64_t length, uint64_t capacity, struct edm_wire_head *head);
+
+/* From an accepted reply to a get: each reference to `refs` and each existing page to its place in `into`. `refs` holds
+   the references asked for, all `head->batch`; returns 0, or -1 with nothing changed if the reply names other pages. */
+int edm_wire_take(const void *frame, const struct edm_wire_head *head, struct edm_page_ref *refs, void *into);
+
+/* Before a reply to a get is sealed: move the existing pages of a batch in `frame` together; returns how many. */
+uint32_t edm_wire_gather(void *frame, uint32_t batch);

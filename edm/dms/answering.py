@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import attrs
 
 from edm.errors import EdmError, ProtocolError
-from edm.wire import HEADER_BYTES, KIND_AT, Frame, Head, Kind, existing, gather, one_line, pack_control, unpack_control
+from edm.wire import Frame, Head, Kind, one_line, pack_control, unpack_control
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -26,6 +26,12 @@ MAX_CHANNELS: Final = 65536
 """Channels whose last request is remembered; beyond that the one that was silent longest is forgotten."""
 MAX_KEPT_BYTES: Final = 1024
 """The longest answer to a control request that is kept for a repeat of it."""
+
+
+# An enum's members are slow to look up, and these are on the path of every page.
+_PAGES, _ACK, _ANSWER, _PING, _PONG, _BYE, _REFUSED = map(
+    int, (Kind.PAGES, Kind.ACK, Kind.ANSWER, Kind.PING, Kind.PONG, Kind.BYE, Kind.REFUSED)
+)
 
 
 class Gate(Protocol):
@@ -98,18 +104,19 @@ class Answerer:
         """
         try:
             head = self.request.open(length)
-            if head.kind == Kind.PING:
-                return self.reply.seal(head._replace(kind=Kind.PONG))
-            if head.kind == Kind.BYE:
+            if head.kind == _PING:
+                return self.reply.seal(_PONG, 0, head.channel, head.instance, head.request)
+            if head.kind == _BYE:
                 self.forget(peer)
-                return self.reply.seal(head)
+                return self.reply.seal(_BYE, 0, head.channel, head.instance, head.request)
             return self._dispatch(head, peer)
         except ProtocolError as error:
-            return self._refuse_broken(length, error)
+            return self._refuse_broken(error)
 
-    def kind(self, length: int) -> int:
-        """The kind of the message in `request` as its header says it, 0 if it has none."""
-        return self.request.view[KIND_AT] if length >= HEADER_BYTES else 0
+    @property
+    def kind(self) -> int:
+        """The kind of the message answered last, 0 if it was not EDM's."""
+        return self.request.kind
 
     def forget(self, peer: Hashable) -> None:
         """Let go of what is remembered of a client that is gone."""
@@ -120,12 +127,12 @@ class Answerer:
         """Put a refusal into `reply`; returns its length."""
         self.figures.refused += 1
         text_bytes = self.reply.put_text(one_line(reason))
-        return self.reply.seal(Head(Kind.REFUSED, 0, channel, instance, request, text_bytes, 0))
+        return self.reply.seal(_REFUSED, 0, channel, instance, request, text_bytes)
 
     def _dispatch(self, head: Head, peer: Hashable) -> int:
         carry_out = self._carry_out.get(head.kind)
         if carry_out is None:
-            raise ProtocolError(f"a request of kind {Kind(head.kind).name}")
+            raise ProtocolError(f"a request of kind {head.kind}")
         if not self._gate.may_use(peer, head.instance):
             return self.refuse(head.channel, head.request, head.instance, f"instance {head.instance} is not yours")
         last = self._remember(head, peer)
@@ -162,13 +169,10 @@ class Answerer:
         self.figures.gets += 1
         refs = self.reply.refs[:count]
         self.request.take_refs(refs)
-        pages = self.reply.pages(count)
-        self._server.get(head.instance, refs, pages)
-        present = existing(refs)
-        if 0 < present < count:
-            gather(refs, pages)
+        self._server.get(head.instance, refs, self.reply.pages(count))
+        present = self.reply.gather(count)
         self.figures.pages_sent += present
-        return self.reply.seal(Head(Kind.PAGES, count, head.channel, head.instance, head.request, 0, present))
+        return self.reply.seal(_PAGES, count, head.channel, head.instance, head.request, 0, present)
 
     def _evict(self, head: Head, _peer: Hashable, _last: _Last) -> int:
         count = head.batch
@@ -178,12 +182,12 @@ class Answerer:
         self.request.take_refs(refs)
         error = self._server.evict(head.instance, refs, self.request.pages(count))
         text_bytes = self.reply.put_text(one_line(error), count) if error else 0
-        return self.reply.seal(Head(Kind.ACK, count, head.channel, head.instance, head.request, text_bytes, 0))
+        return self.reply.seal(_ACK, count, head.channel, head.instance, head.request, text_bytes)
 
     def _control(self, head: Head, peer: Hashable, last: _Last) -> int:
         self.figures.controls += 1
         if not last.answer:
-            request = unpack_control(self.request.text(head))
+            request = unpack_control(self.request.text())
             answer = self._server.control(head.instance, request)
             if request.get("op") == "hello" and answer.get("ok"):
                 self._gate.given(peer, int(answer["instance"]))
@@ -193,12 +197,12 @@ class Answerer:
         else:
             packed = last.answer
         text_bytes = self.reply.put_text(packed)
-        return self.reply.seal(Head(Kind.ANSWER, 0, head.channel, head.instance, head.request, text_bytes, 0))
+        return self.reply.seal(_ANSWER, 0, head.channel, head.instance, head.request, text_bytes)
 
-    def _refuse_broken(self, length: int, error: ProtocolError) -> int:
+    def _refuse_broken(self, error: ProtocolError) -> int:
         self.figures.garbage += 1
         log.warning("refused %s", error)
-        asked = self.request.request_number(length)
+        asked = self.request.asked_by()
         if asked is None:
             return 0
         return self.refuse(*asked, 0, str(error))

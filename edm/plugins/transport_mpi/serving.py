@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from edm.plugins.transport_mpi.link import BURST
-from edm.wire import Kind
+from edm.wire import Frame, Kind
 
 if TYPE_CHECKING:
     import threading
@@ -43,7 +43,8 @@ class MpiServing:
         self._answerer = answerer
         self._status = world.mpi.Status()
         self._receiving: Any = None
-        self._unsent: list[tuple[Any, Any]] = []
+        self._unsent: list[tuple[Any, Frame]] = []
+        self._spare: list[Frame] = []
         self._looked = time.monotonic()
 
     def run(self, stop: threading.Event) -> None:
@@ -90,22 +91,28 @@ class MpiServing:
         reply = self._answerer.answer(length, source)
         if reply:
             self._send(source, tag, reply)
-        if self._answerer.kind(length) == Kind.BYE:
+        if self._answerer.kind == Kind.BYE:
             self.peers.discard(source)
 
     def _send(self, rank: int, tag: int, length: int) -> None:
         frame = self._answerer.reply
         request = self._comm.Isend([frame.array, length, self._mpi.BYTE], rank, tag)
-        for _ in range(10 * BURST):
+        for _ in range(BURST):
             if request.Test():
                 return
         # A large reply goes when its DM-Handler next polls; the others need not wait for that.
-        self._unsent.append((request, frame.array))
-        frame.renew()
+        self._unsent.append((request, frame))
+        self._answerer.reply = self._spare.pop() if self._spare else Frame()
 
     def _room(self) -> bool:
-        self._unsent = [waiting for waiting in self._unsent if not waiting[0].Test()]
-        return len(self._unsent) < MAX_UNSENT
+        unsent = []
+        for request, frame in self._unsent:
+            if request.Test():
+                self._spare.append(frame)
+            else:
+                unsent.append((request, frame))
+        self._unsent = unsent
+        return len(unsent) < MAX_UNSENT
 
     def _look(self, now: float) -> None:
         if now - self._looked < LOOK_S:

@@ -12,7 +12,7 @@ from edm.plugins.transport_mpi.link import MpiLink
 from edm.plugins.transport_mpi.serving import MpiServing
 from edm.plugins.transport_mpi.world import World
 from edm.spread import open_channel
-from edm.wire import Frame, Head, Kind
+from edm.wire import Frame, Kind
 
 if TYPE_CHECKING:
     import threading
@@ -78,7 +78,7 @@ class MpiTransport:
     def _goodbye(self) -> bool:
         """Whether every memory server has taken this DM-Handler's goodbye, and so will leave the job as well."""
         frame = Frame()
-        length = frame.seal(Head(Kind.BYE, 0, 0, 0, 1, 0, 0))
+        length = frame.seal(Kind.BYE, 0, 0, 0, 1)
         taken = True
         for rank in self._world.servers:
             link = self._link(rank, GOODBYE_TAG)

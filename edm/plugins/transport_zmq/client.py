@@ -14,7 +14,7 @@ from edm.errors import MissingExtra, PeerLost, ProtocolError, TransportError, Tr
 from edm.plugins.transport_zmq.endpoints import own_endpoint
 from edm.plugins.transport_zmq.sockets import SLICE_MS, configure_client
 from edm.spread import open_channel
-from edm.wire import Frame, Head, Kind
+from edm.wire import Frame, Kind
 
 if TYPE_CHECKING:
     from edm.interfaces import Channel, PageServer
@@ -149,7 +149,7 @@ class ZmqClient:
             link.close()
 
     def _tell(self, link: ZmqLink, frame: Frame, kind: Kind, deadline: float) -> None:
-        length = frame.seal(Head(kind, 0, 0, 0, 1, 0, 0))
+        length = frame.seal(kind, 0, 0, 0, 1)
         try:
             link.send(frame, length, deadline)
             # Its answers must not pile up; the one to a goodbye says that it has heard.

@@ -103,7 +103,7 @@ class ZmqServing:
             if length:
                 client = Client(identity[:NAME_BYTES], key)
                 reply = answerer.answer(length, client)
-                self._note(client, answerer.kind(length))
+                self._note(client, answerer.kind)
                 had_clients = had_clients or bool(self._seen)
                 if reply:
                     self._reply(identity, reply)

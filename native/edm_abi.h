@@ -200,9 +200,9 @@ struct edm_wire_head {
 uint64_t edm_wire_seal(void *frame, uint32_t kind, uint32_t batch, uint32_t channel, uint32_t instance,
                        uint64_t request, uint32_t text_bytes, uint32_t pages);
 
-/* Check the message of `length` bytes in `frame`, which holds at most `capacity`. Reads no byte beyond `length`, leaves it as it was.
-   EDM_WIRE_OK with *head filled in, or the first thing that is wrong, with `head->kind`, `batch` and `pages` as found
-   where there is a header. */
+/* Check the message of `length` bytes in `frame`, which holds at most `capacity`. Reads no byte beyond `length`, and
+   leaves the message as it was. EDM_WIRE_OK with *head filled in, or the first thing that is wrong, with what is in the
+   header as it was found, if there is one of EDM's. */
 int edm_wire_open(void *frame, uint64_t length, uint64_t capacity, struct edm_wire_head *head);
 
 /* From an accepted reply to a get: each reference to `refs` and each existing page to its place in `into`. `refs` holds

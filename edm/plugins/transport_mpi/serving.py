@@ -42,7 +42,11 @@ class MpiServing:
         self._options = options
         self._answerer = answerer
         self._status = world.mpi.Status()
-        self._receiving: Any = None
+        frame = answerer.request
+        self._receiving = world.comm.Recv_init(
+            [frame.array, frame.capacity, self._mpi.BYTE], self._mpi.ANY_SOURCE, self._mpi.ANY_TAG
+        )
+        self._posted = False
         self._unsent: list[tuple[Any, Frame]] = []
         self._spare: list[Frame] = []
         self._looked = time.monotonic()
@@ -71,19 +75,17 @@ class MpiServing:
         if self._unsent and not self._room():
             return False
         try:
-            if self._receiving is None:
-                frame = self._answerer.request
-                self._receiving = self._comm.Irecv(
-                    [frame.array, frame.capacity, self._mpi.BYTE], self._mpi.ANY_SOURCE, self._mpi.ANY_TAG
-                )
+            if not self._posted:
+                self._receiving.Start()
+                self._posted = True
             test, status = self._receiving.Test, self._status
             for _ in range(BURST):
                 if test(status):
-                    self._receiving = None
+                    self._posted = False
                     self._take(status.Get_source(), status.Get_tag(), status.Get_count(self._mpi.BYTE))
                     return True
         except self._mpi.Exception as error:
-            self._receiving = None
+            self._posted = False
             self._failed(error)
         return False
 
@@ -134,7 +136,8 @@ class MpiServing:
             raise error
 
     def _stop_receiving(self) -> None:
-        if self._receiving is not None:
+        if self._posted:
             self._receiving.Cancel()
             self._receiving.Wait()
-            self._receiving = None
+            self._posted = False
+        self._receiving.Free()

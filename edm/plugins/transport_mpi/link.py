@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 
 BURST: Final = 20
 """Tests between two looks at the clock."""
+KEEP_CPU_S: Final = 30e-6
+"""Of a spin, how long not to offer the CPU: the usual answer is there by then. After that, it may be waiting for it."""
 MAX_UNSENT: Final = 2
 """Messages a server has not taken before the link says that it is lost."""
+
+
+def spin_s(options: MpiOptions) -> float:
+    """How long to spin: with one CPU the other side needs this very one, and spinning only keeps it from it."""
+    return options.spin_us / 1e6 if len(os.sched_getaffinity(0)) > 1 else 0.0
 
 
 class Wait:
@@ -32,7 +39,7 @@ class Wait:
 
     def __init__(self, options: MpiOptions) -> None:
         self.closed = False
-        self._spin_s = options.spin_us / 1e6
+        self._spin_s = spin_s(options)
         self._sleep_s = options.sleep_us / 1e6
         self._sleep_max_s = options.sleep_max_us / 1e6
 
@@ -40,7 +47,7 @@ class Wait:
         """Whether `request` was complete before `time.monotonic()` was `until`; raises `PeerLost` once closed."""
         test = request.Test
         pause_s = self._sleep_s
-        spin_until = 0.0
+        began = 0.0
         while True:
             for _ in range(BURST):
                 if test(status):
@@ -50,14 +57,14 @@ class Wait:
             now = time.monotonic()
             if now >= until:
                 return False
-            if spin_until == 0.0:
-                spin_until = now + self._spin_s
-            if now < spin_until:
-                # The other side may need this very CPU.
-                os.sched_yield()
-            else:
+            if began == 0.0:
+                began = now
+            waited_s = now - began
+            if waited_s >= self._spin_s:
                 time.sleep(min(pause_s, until - now))
                 pause_s = min(pause_s * 1.5, self._sleep_max_s)
+            elif waited_s >= KEEP_CPU_S:
+                os.sched_yield()
 
 
 class MpiLink:

@@ -11,7 +11,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from edm.plugins.transport_mpi.link import BURST
+from edm.plugins.transport_mpi.link import BURST, KEEP_CPU_S, spin_s
 from edm.wire import Frame, Kind
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 MAX_UNSENT: Final = 16
 """Replies that nobody has taken yet; beyond that no new request is."""
+SEND_TESTS: Final = 10 * BURST
+"""Tests of a reply on its way before turning to other requests: as long as 256 KiB take when the other side polls."""
 LOOK_S: Final = 1.0
 """How often an idle server looks whether its DM-Handlers are still there."""
 GROWTH: Final = 1.05
@@ -53,17 +55,18 @@ class MpiServing:
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set or every DM-Handler has said goodbye or is gone."""
-        spin_s = self._options.spin_us / 1e6
+        keep_spinning_s = spin_s(self._options)
         first_s, longest_s = self._options.sleep_us / 1e6, self._options.sleep_max_us / 1e6
         pause_s, busy_until = first_s, 0.0
         while self.peers and not stop.is_set():
             if self._burst():
                 pause_s = first_s
-                busy_until = time.monotonic() + spin_s
+                busy_until = time.monotonic() + keep_spinning_s
                 continue
             now = time.monotonic()
             if now < busy_until:
-                os.sched_yield()
+                if busy_until - now < keep_spinning_s - KEEP_CPU_S:
+                    os.sched_yield()
                 continue
             self._look(now)
             time.sleep(pause_s)
@@ -99,7 +102,7 @@ class MpiServing:
     def _send(self, rank: int, tag: int, length: int) -> None:
         frame = self._answerer.reply
         request = self._comm.Isend([frame.array, length, self._mpi.BYTE], rank, tag)
-        for _ in range(BURST):
+        for _ in range(SEND_TESTS):
             if request.Test():
                 return
         # A large reply goes when its DM-Handler next polls; the others need not wait for that.

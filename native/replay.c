@@ -144,7 +144,8 @@ static int end(struct edm_replay *r, uint64_t page, int result) {
 static int install(struct space *s, int call, uint64_t page, const void *data, uint8_t bits) {
     struct edm_replay *r = s->replay;
     int result = begin(r, call, page);
-    if (!result && r->bits[page] & (RP_PRESENT | RP_POISONED))
+    // Only a copy may replace a poisoned page: mfill_atomic_install_pte in mm/userfaultfd.c.
+    if (!result && r->bits[page] & (call == EDM_REPLAY_COPY ? RP_PRESENT : RP_PRESENT | RP_POISONED))
         result = -EEXIST;
     if (!result) {
         if (data)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 EXTENT_PAGES: Final = 64
 _LOW: Final = np.uint64(0xFFFF_FFFF)
 _HIGH_BITS: Final = np.uint64(32)
+_NOBODY: Final = np.uint64(0xFFFF_FFFF << 32)
 _REGION_KEYS: Final = ("region", "into")
 _STEPS: Final = 4
 """Sequence numbers that one structural request may become on a server."""
@@ -133,11 +134,11 @@ class SpreadChannel:
             refs[name][at] = part[name]
 
     def _theirs(self, regions: Any, server: int) -> Any:
-        """Regions of this instance as `server` calls them; another instance's are left as they are, to be refused."""
+        """Regions of this instance as `server` calls them; another's become nobody's, which every server refuses."""
         ours, theirs = self._session.instances[0], self._session.instances[server]
         regions = np.asarray(regions, np.uint64)
         mine = (regions >> _HIGH_BITS) == np.uint64(ours)
-        return np.where(mine, (regions & _LOW) | np.uint64(theirs << 32), regions)
+        return np.where(mine, (regions & _LOW) | np.uint64(theirs << 32), regions | _NOBODY)
 
     def _ask_all(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         deadline = self._deadline()

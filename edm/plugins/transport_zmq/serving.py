@@ -140,7 +140,14 @@ class ZmqServing:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             raise UsageError(f"cannot listen at {endpoint}: {error.strerror}") from None
-        return self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
+        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        # Port * is whichever is free: the one thing about an address that libzmq knows better.
+        return (
+            endpoint.removesuffix("*") + bound.rstrip(b"\0").decode().rpartition(":")[2]
+            if endpoint.endswith(":*")
+            else endpoint
+        )
 
     def _receive_identity(self) -> tuple[bytes, str]:
         if self._gate is None:

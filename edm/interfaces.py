@@ -84,6 +84,10 @@ class SptStore(Protocol):
 
     Slots are reference-counted here, since a clone shares them: methods that let go of slots return those whose
     last reference is gone, and the DMS frees them in the page store after the next `commit`.
+
+    A store may also have what the DMS asks for by name: `lazy` (True: a commit survives the server's death, but a loss
+    of power only after `flush`; freed slots wait for it), `wants_flush` (True: it is time for a `flush` of both stores),
+    and `answer(refs, slots)`, a `lookup` in place for the fault path (see `edm.dms.table.PageTable`).
     """
 
     def lookup(self, refs: PageRefs) -> SptRows:
@@ -116,8 +120,17 @@ class SptStore(Protocol):
     def pages(self, region: int) -> tuple[PageRefs, Slots]:
         """All pages of a region in index order, with their slots (for verify, list and export)."""
 
+    def note(self, key: int, value: int) -> None:
+        """Keep a small number under a key, part of the next commit (the DMS's own: instance numbers, sequences)."""
+
+    def notes(self) -> dict[int, int]:
+        """Every number kept by `note`."""
+
     def commit(self) -> None:
         """Make all changes so far survive a crash, as far as the store's sync policy says."""
+
+    def flush(self) -> None:
+        """Commit, and make it survive a loss of power whatever the sync policy; the page store is flushed before."""
 
     def stat(self) -> dict[str, Any]:
         """Figures for `edm dms status` and `edm store stat`."""
@@ -147,6 +160,9 @@ class PageStore(Protocol):
 
     def sync(self) -> None:
         """Make every put so far survive a crash, as far as the sync policy says; before the SPT's commit."""
+
+    def flush(self) -> None:
+        """Make every put so far survive a loss of power, whatever the sync policy."""
 
     def stat(self) -> dict[str, Any]:
         """Figures for `edm dms status` and `edm store stat`."""

@@ -211,3 +211,84 @@ int edm_wire_take(const void *frame, const struct edm_wire_head *head, struct ed
 
 /* Before a reply to a get is sealed: move the existing pages of a batch in `frame` together; returns how many. */
 uint32_t edm_wire_gather(void *frame, uint32_t batch);
+
+/* ---- stores: the SPT's table (native/spt_table.c, spt_replay.c) ------------------------------------------------ */
+
+/* Region and page number to slot, version and checksum, with slots counted by reference. One thread at a time. Every
+   change returns 0, or -ENOMEM with nothing changed. Slots whose last reference goes are collected for edm_spt_gone. */
+struct edm_spt;
+
+struct edm_spt *edm_spt_new(void);
+void edm_spt_free(struct edm_spt *spt);
+/* Fill version, checksum, status (1: there, 0: not) of each ref, and its slot; returns how many are there. */
+size_t edm_spt_lookup(const struct edm_spt *spt, struct edm_page_ref *refs, size_t n, uint64_t *slots);
+int edm_spt_record(struct edm_spt *spt, const struct edm_page_ref *refs, const uint64_t *slots, size_t n);
+int edm_spt_create(struct edm_spt *spt, uint64_t region);
+int edm_spt_clone(struct edm_spt *spt, uint64_t region, uint64_t into);
+int edm_spt_move(struct edm_spt *spt, uint64_t region, uint64_t start, uint64_t to, uint64_t count);
+int edm_spt_drop(struct edm_spt *spt, uint64_t region, uint64_t start, uint64_t count);
+int edm_spt_drop_region(struct edm_spt *spt, uint64_t region);
+/* How many slots were let go of; copied to `out` and forgotten unless it is NULL. */
+size_t edm_spt_gone(struct edm_spt *spt, uint64_t *out);
+/* How many regions there are; the first `max` with their number of pages. */
+size_t edm_spt_regions(const struct edm_spt *spt, uint64_t *ids, uint64_t *pages, size_t max);
+/* How many pages a region has, the first `max` in index order with their slots; -ENOMEM. */
+int64_t edm_spt_pages(const struct edm_spt *spt, uint64_t region, struct edm_page_ref *refs, uint64_t *slots,
+                      size_t max);
+/* Slots with more than one reference, as (slot, references beyond the first); how many there are. */
+size_t edm_spt_shares(const struct edm_spt *spt, uint64_t *pairs, size_t max);
+int edm_spt_share(struct edm_spt *spt, const uint64_t *pairs, size_t count);
+/* Small numbers kept under a key; as (key, value), how many there are. */
+int edm_spt_note(struct edm_spt *spt, uint64_t key, uint64_t value);
+size_t edm_spt_notes(const struct edm_spt *spt, uint64_t *pairs, size_t max);
+uint64_t edm_spt_count(const struct edm_spt *spt);
+uint64_t edm_spt_memory(const struct edm_spt *spt);
+
+/* Changes in a journal: a head of kind and count (two u32), then u64 words, or for RECORD refs and then slots. */
+#define EDM_SPT_RECORD 1      /* count refs, count slots */
+#define EDM_SPT_CREATE 2      /* region */
+#define EDM_SPT_CLONE 3       /* region, into */
+#define EDM_SPT_MOVE 4        /* region, start, to, count */
+#define EDM_SPT_DROP 5        /* region, start, count */
+#define EDM_SPT_DROP_REGION 6 /* region */
+#define EDM_SPT_NOTE 7        /* key, value */
+#define EDM_SPT_SHARE 8       /* count pairs (slot, references beyond the first) */
+
+#define EDM_SPT_SEALED 1 /* frame flag: every page referred to up to here was synced before it was written */
+#define EDM_SPT_LOOSE 2  /* frame flag: written under a sync policy that promises nothing after a loss of power */
+
+struct edm_spt_frame {
+    uint32_t magic;
+    uint32_t flags;
+    uint64_t number;
+    uint64_t length; /* bytes of changes behind this header */
+    uint32_t checksum;
+    uint32_t chain;
+};
+struct edm_spt_replayed {
+    uint64_t frames;  /* read so far; in: the number the first must have */
+    uint64_t sealed;  /* frames up to and with the last sealed one */
+    uint64_t stop_at; /* in: read no more than so many frames; 0: all */
+    uint32_t chain;   /* of the last frame */
+    uint32_t flags;   /* of all frames together */
+};
+uint32_t edm_spt_frame_chain(const struct edm_spt_frame *frame, uint32_t before);
+/* Apply changes; spt NULL: only see whether they are well formed. 0, -EBADMSG or -ENOMEM. */
+int edm_spt_apply(struct edm_spt *spt, const void *changes, size_t length);
+/* Apply all whole frames; returns the bytes they take, or an error as edm_spt_apply. Stops at the first broken one. */
+int64_t edm_spt_replay(struct edm_spt *spt, const void *journal, size_t length, struct edm_spt_replayed *state);
+
+/* How many of n refs are of a region that is not the instance's. */
+size_t edm_refs_foreign(const struct edm_page_ref *refs, size_t n, uint64_t instance);
+/* The first of n pages whose CRC-32C is not its ref's checksum; n if there is none. */
+size_t edm_spt_check(const struct edm_page_ref *refs, const void *pages, size_t n);
+
+#define EDM_SCREEN_NEW 0      /* to be stored */
+#define EDM_SCREEN_REPEAT 1   /* this version is stored already */
+#define EDM_SCREEN_STALE 2    /* a newer version is */
+#define EDM_SCREEN_OTHER 3    /* this version is, with other bytes */
+#define EDM_SCREEN_CHECKSUM 4 /* the page is not what its checksum says */
+#define EDM_SCREEN_FOREIGN 5  /* not the instance's region */
+/* What to do with each page of an eviction, given what is stored of it; how many are not EDM_SCREEN_NEW, or -ENOMEM. */
+int64_t edm_spt_screen(const struct edm_page_ref *refs, const void *pages, size_t n, uint64_t instance,
+                       const uint8_t *found, const uint64_t *versions, const uint32_t *checksums, uint8_t *verdicts);

@@ -1,0 +1,302 @@
+"""The memory server: answers requests for pages from an SPT store and a page store.
+
+Place on the path: the DMS's DML answers `RequestGetPage` [6-10], its XPET carries out `RequestEvictPage`. Called by a
+transport's `serve`, from one thread at a time.
+
+The order in which an eviction is made to last is what makes a crash harmless: the pages go to fresh slots, the SPT
+notes them, the page store is synced, the SPT commits, the page is acknowledged, and only then are the slots of older
+versions free. Whatever is cut short leaves the older version as it was, and the page with its sender.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import numpy as np
+
+from edm._native import ffi, lib
+from edm.dms.control import Control
+from edm.dms.table import NO_SLOTS, refs_at, words_at
+from edm.errors import StoreError, StoreFull
+from edm.types import MAX_BATCH_PAGES, PAGE_BYTES, EvictStatus, GetStatus, PageId
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edm.interfaces import PageStore, SptStore
+    from edm.types import PageRefs, Slots
+
+log = logging.getLogger(__name__)
+
+_REFUSALS: Final = {
+    lib.EDM_SCREEN_STALE: "an older version than the stored one",
+    lib.EDM_SCREEN_OTHER: "the stored version with other bytes",
+    lib.EDM_SCREEN_CHECKSUM: "its checksum does not match: damaged on the way",
+    lib.EDM_SCREEN_FOREIGN: "not a region of this instance",
+}
+
+
+@attrs.define
+class Counters:
+    """What the server did, in pages unless it says requests."""
+
+    gets: int = 0
+    found: int = 0
+    new: int = 0
+    errors: int = 0
+    evictions: int = 0
+    stored: int = 0
+    repeats: int = 0
+    refused: int = 0
+    failed: int = 0
+    requests: int = 0
+    flushes: int = 0
+
+
+class MemoryServer:
+    """A `PageServer` over an SPT store and a page store, which it closes."""
+
+    def __init__(self, spt: SptStore, pages: PageStore) -> None:
+        self.spt = spt
+        self.pages = pages
+        self.counters = Counters()
+        self._slots = np.empty(MAX_BATCH_PAGES, np.uint64)
+        self._answer = getattr(spt, "answer", None) or self._answer_by_lookup
+        # Let go of by the SPT, not free yet: until the commit, or where that is lazy until the next flush.
+        self._let_go: list[Slots] = []
+        # Recorded, but the commit failed: what a repeat must not be answered from.
+        self._unsaved: set[tuple[int, int]] = set()
+        self._pending = False
+        self._closed = False
+        pages.live(self._live_slots())
+        self._control = Control(self)
+
+    # ---- get [6-10]
+
+    def get(self, instance: int, refs: PageRefs, into: memoryview) -> None:
+        """See `PageServer`."""
+        count = len(refs)
+        slots = self._slots[:count] if count <= MAX_BATCH_PAGES else np.empty(count, np.uint64)
+        counters = self.counters
+        counters.gets += count
+        if lib.edm_refs_foreign(refs_at(refs), count, instance):
+            return self._get_checked(instance, refs, into)
+        found = self._answer(refs, slots)
+        counters.new += count - found
+        if found == count:
+            try:
+                self.pages.get(slots, into)
+                if lib.edm_spt_check(refs_at(refs), ffi.from_buffer(into), count) == count:
+                    counters.found += count
+                    return None
+            except (StoreError, OSError) as error:
+                log.warning("reading %d pages: %s", count, error)
+        if found:
+            self._get_singly(refs, slots, into)
+        return None
+
+    def _get_checked(self, instance: int, refs: PageRefs, into: memoryview) -> None:
+        """A batch with pages of other instances: those are errors, the rest is answered."""
+        own = refs["region"] >> np.uint64(32) == np.uint64(instance)
+        refs["status"], refs["version"], refs["checksum"] = GetStatus.ERROR, 0, 0
+        self.counters.errors += int((~own).sum())
+        at = np.flatnonzero(own)
+        if len(at):
+            mine, pages = refs[at], memoryview(bytearray(len(at) * PAGE_BYTES))
+            self.counters.gets -= len(at)
+            self.get(instance, mine, pages)
+            refs[at] = mine
+            for i, target in enumerate(at.tolist()):
+                if mine["status"][i] == GetStatus.EXISTING_PAGE:
+                    into[target * PAGE_BYTES : (target + 1) * PAGE_BYTES] = pages[i * PAGE_BYTES : (i + 1) * PAGE_BYTES]
+
+    def _get_singly(self, refs: PageRefs, slots: Slots, into: memoryview) -> None:
+        """Some are not stored, or one of them cannot be read: each by itself, damaged ones as errors."""
+        page = memoryview(bytearray(PAGE_BYTES))
+        for i in np.flatnonzero(refs["status"] == GetStatus.EXISTING_PAGE).tolist():
+            reason = self._read(refs[i : i + 1], slots[i : i + 1], page)
+            if reason:
+                log.error("page %s: %s", _name(refs, i), reason)
+                self.counters.errors += 1
+                refs["status"][i] = GetStatus.ERROR
+            else:
+                self.counters.found += 1
+                into[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] = page
+
+    def _read(self, ref: PageRefs, slot: Slots, page: memoryview) -> str:
+        try:
+            self.pages.get(slot, page)
+        except (StoreError, OSError) as error:
+            return str(error)
+        return "" if lib.edm_spt_check(refs_at(ref), ffi.from_buffer(page), 1) else "not the page that was stored"
+
+    def _answer_by_lookup(self, refs: PageRefs, slots: Slots) -> int:
+        rows = self.spt.lookup(refs)
+        slots[:] = rows.slots
+        refs["version"], refs["checksum"], refs["status"] = rows.versions, rows.checksums, rows.found
+        return int(rows.found.sum())
+
+    # ---- evict
+
+    def evict(self, instance: int, refs: PageRefs, pages: memoryview) -> str:
+        """See `PageServer`."""
+        count = len(refs)
+        self.counters.evictions += count
+        try:
+            verdicts, odd = self._screen(instance, refs, pages)
+            if not odd:
+                self._store(refs, pages)
+                refs["status"] = EvictStatus.SUCCESS
+                return ""
+            return self._evict_some(refs, pages, verdicts)
+        except (StoreError, OSError, MemoryError) as error:
+            self.counters.failed += count
+            refs["status"] = EvictStatus.FAIL
+            return _one_line(error)
+
+    def _screen(self, instance: int, refs: PageRefs, pages: memoryview) -> tuple[Any, int]:
+        rows = self.spt.lookup(refs)
+        verdicts = np.empty(len(refs), np.uint8)
+        odd = lib.edm_spt_screen(
+            refs_at(refs),
+            ffi.from_buffer(pages),
+            len(refs),
+            instance,
+            ffi.from_buffer("uint8_t[]", rows.found),
+            words_at(rows.versions),
+            ffi.from_buffer("uint32_t[]", rows.checksums),
+            ffi.from_buffer("uint8_t[]", verdicts),
+        )
+        if odd < 0:
+            raise MemoryError
+        return verdicts, odd
+
+    def _evict_some(self, refs: PageRefs, pages: memoryview, verdicts: Any) -> str:
+        """A batch in which some pages are refused, or stored already."""
+        repeats = verdicts == lib.EDM_SCREEN_REPEAT
+        for i in np.flatnonzero(repeats).tolist():
+            if _key(refs, i) in self._unsaved:
+                verdicts[i] = lib.EDM_SCREEN_NEW
+        fresh = verdicts == lib.EDM_SCREEN_NEW
+        kept = fresh | (verdicts == lib.EDM_SCREEN_REPEAT)
+        if fresh.any():
+            some = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)[fresh]
+            self._store(refs[fresh], memoryview(some).cast("B"))
+        elif self._pending:
+            self._save()
+        refs["status"] = np.where(kept, EvictStatus.SUCCESS, EvictStatus.FAIL)
+        self.counters.repeats += int((verdicts == lib.EDM_SCREEN_REPEAT).sum())
+        refused = np.flatnonzero(~kept)
+        self.counters.refused += len(refused)
+        if not len(refused):
+            return ""
+        first = int(refused[0])
+        return f"page {_name(refs, first)}: {_REFUSALS[int(verdicts[first])]}"
+
+    def _store(self, refs: PageRefs, pages: memoryview) -> None:
+        checksums = np.ascontiguousarray(refs["checksum"])
+        try:
+            slots = self.pages.put(pages, checksums)
+        except StoreFull:
+            if not self._let_go:
+                raise
+            # Slots that wait for a flush are room.
+            self.flush()
+            slots = self.pages.put(pages, checksums)
+        try:
+            gone = self.spt.record(refs, slots)
+        except BaseException:
+            self.pages.free(slots)
+            raise
+        if len(gone):
+            self._let_go.append(gone)
+        try:
+            self._save()
+        except (StoreError, OSError):
+            self._unsaved.update(_key(refs, i) for i in range(len(refs)))
+            raise
+        self.counters.stored += len(refs)
+
+    # ---- making it last
+
+    def changed(self, let_go: Slots = NO_SLOTS) -> None:
+        """The SPT was changed other than by an eviction; `save` makes it last."""
+        self._pending = True
+        if len(let_go):
+            self._let_go.append(let_go)
+
+    def save(self) -> None:
+        """Commit what is pending, if anything is; raises `StoreError`."""
+        if self._pending:
+            self._save()
+
+    def _save(self) -> None:
+        self._pending = True
+        self.pages.sync()
+        self.spt.commit()
+        self._saved()
+        if getattr(self.spt, "wants_flush", False) or getattr(self.pages, "wants_flush", False):
+            self.flush()
+        elif self._let_go and not getattr(self.spt, "lazy", False):
+            self._free()
+
+    def _saved(self) -> None:
+        self._pending = False
+        if self._unsaved:
+            self._unsaved.clear()
+
+    def flush(self) -> None:
+        """Make everything so far survive a loss of power; raises `StoreError`."""
+        self.counters.flushes += 1
+        getattr(self.pages, "flush", self.pages.sync)()
+        getattr(self.spt, "flush", self.spt.commit)()
+        self._saved()
+        self._free()
+
+    def _free(self) -> None:
+        while self._let_go:
+            self.pages.free(self._let_go[-1])
+            self._let_go.pop()
+
+    # ---- everything else
+
+    def control(self, instance: int, request: Mapping[str, Any]) -> dict[str, Any]:
+        """See `PageServer`."""
+        self.counters.requests += 1
+        return self._control.answer(instance, request)
+
+    def stat(self) -> dict[str, Any]:
+        """Figures of the server and both stores."""
+        waiting = sum(map(len, self._let_go))
+        return {
+            "server": {**attrs.asdict(self.counters), "slots_waiting": waiting},
+            "spt": self.spt.stat(),
+            "pages": self.pages.stat(),
+        }
+
+    def close(self) -> None:
+        """Save everything and close both stores; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.pages.close()
+        finally:
+            self.spt.close()
+
+    def _live_slots(self) -> Slots:
+        return np.concatenate([self.spt.pages(region)[1] for region in self.spt.regions()] or [NO_SLOTS])
+
+
+def _key(refs: PageRefs, at: int) -> tuple[int, int]:
+    return int(refs["region"][at]), int(refs["index"][at])
+
+
+def _name(refs: PageRefs, at: int) -> PageId:
+    return PageId(*_key(refs, at))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -15,9 +15,9 @@ PYTEST_ARGS :=
 help:
 	@echo "make setup   create .venv and install EDM into it, editable"
 	@echo "make native  rebuild the C parts"
-	@echo "make test    C tests (plain and with ASan+UBSan), then pytest"
+	@echo "make test    C tests (plain, with ASan+UBSan, with TSan), then pytest"
 	@echo "make demo    a real program in a quarter of the memory it needs"
-	@echo "make soak    the long tests, and the C tests with TSan"
+	@echo "make soak    the long tests"
 	@echo "make bench   the benchmarks"
 	@echo "make docs    write the generated parts of the documentation"
 	@echo "make lint    ruff, mypy --strict, clang-format"
@@ -45,8 +45,8 @@ $(VENV)/.installed: $(VENV)/.tools CMakeLists.txt
 native: setup
 	@$(CMAKE) --build build/editable
 
-# The C tests three times over: plain, with ASan and UBSan, with TSan (which `make soak` runs).
-ctest: ctest-plain ctest-address
+# The C tests three times over: plain, with ASan and UBSan, with TSan.
+ctest: ctest-plain ctest-address ctest-thread
 
 ctest-plain ctest-address ctest-thread: ctest-%: setup
 	@$(CMAKE) -S . -B build/ctest-$* -G Ninja -DEDM_PYTHON=OFF -DEDM_TESTS=ON -DEDM_WERROR=$(WERROR) \
@@ -57,7 +57,10 @@ ctest-plain ctest-address ctest-thread: ctest-%: setup
 test: native ctest
 	$(BIN)/python -m pytest $(TESTS) -m "not soak" $(PYTEST_ARGS)
 
-soak: native ctest-thread
+soak: native ctest
+	@for seed in 101 102 103; do \
+	  for kind in plain address thread; do echo "engine, seed $$seed, $$kind"; \
+	    build/ctest-$$kind/test_engine $$seed "" 10 || exit 1; done; done
 	$(BIN)/python -m pytest $(TESTS) -m soak $(PYTEST_ARGS)
 
 demo: native

@@ -132,7 +132,8 @@ class MemoryPages:
             part = np.flatnonzero(numbers == number)
             inside = offsets[part].astype(np.intp)
             first, last = int(inside[0]), int(inside[-1])
-            if last - first == len(inside) - 1 and (np.diff(inside) == 1).all():
+            together = int(part[-1]) - int(part[0]) == len(part) - 1
+            if together and last - first == len(inside) - 1 and (np.diff(inside) == 1).all():
                 yield self._slabs.get(number), slice(first, last + 1), slice(int(part[0]), int(part[-1]) + 1)
             else:
                 yield self._slabs.get(number), inside, part

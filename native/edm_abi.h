@@ -292,3 +292,48 @@ size_t edm_spt_check(const struct edm_page_ref *refs, const void *pages, size_t 
 /* What to do with each page of an eviction, given what is stored of it; how many are not EDM_SCREEN_NEW, or -ENOMEM. */
 int64_t edm_spt_screen(const struct edm_page_ref *refs, const void *pages, size_t n, uint64_t instance,
                        const uint8_t *found, const uint64_t *versions, const uint32_t *checksums, uint8_t *verdicts);
+
+/* ---- stores: page files (native/page_file.c) -------------------------------------------------------------------- */
+
+/* Pages in slots of segment files in one directory; a slot in use is never written. One thread at a time. What returns
+   int gives 0 or -errno, and edm_pf_error says which slot (UINT64_MAX: none in particular). */
+struct edm_pf;
+struct edm_pf_error {
+    int32_t error;
+    uint64_t slot;
+};
+struct edm_pf_figures {
+    uint64_t pages;
+    uint64_t limit_pages;
+    uint64_t segments;
+    uint64_t disk_bytes;
+    uint64_t missing;    /* segments the SPT refers to, whose file is gone */
+    uint64_t header_bad; /* segments whose header is damaged */
+};
+
+/* dir: stays the caller's, open until edm_pf_close. limit_pages 0: none. NULL: no memory. */
+struct edm_pf *edm_pf_open(int dir, uint32_t segment_pages, uint64_t limit_pages, int direct);
+void edm_pf_close(struct edm_pf *pf);
+/* Take over the segment file of that number; missing: there is none. 1: its header is damaged. */
+int edm_pf_attach(struct edm_pf *pf, uint64_t number, int missing);
+/* Once, after attaching: the slots in use. Segments without any are removed. */
+int edm_pf_live(struct edm_pf *pf, const uint64_t *slots, size_t n);
+/* Write n pages to fresh slots. -EDQUOT: the limit; nothing is kept on an error. */
+int edm_pf_put(struct edm_pf *pf, const void *pages, const uint32_t *sums, size_t n, uint64_t *slots);
+/* Read n slots. -ENOENT: not in use, or its file is gone; -ENODATA: the file is too short; -EBADMSG: checksum. */
+int edm_pf_get(struct edm_pf *pf, const uint64_t *slots, size_t n, void *into);
+void edm_pf_release(struct edm_pf *pf, const uint64_t *slots, size_t n);
+int edm_pf_sync(struct edm_pf *pf);
+/* Give the file system back what runs of at least so many free slots take. */
+int edm_pf_trim(struct edm_pf *pf, uint32_t least_pages);
+void edm_pf_stat(const struct edm_pf *pf, struct edm_pf_figures *out);
+void edm_pf_error(const struct edm_pf *pf, struct edm_pf_error *out);
+
+#define EDM_PF_READ 0
+#define EDM_PF_WRITE 1
+#define EDM_PF_SYNC 2
+#define EDM_PF_OPEN 3
+#define EDM_PF_PUNCH 4
+#define EDM_PF_CALLS 5
+/* For tests: after `after` calls of a kind, the next `count` (UINT32_MAX: all) fail with `error`; -1: come short. */
+int edm_pf_fail(struct edm_pf *pf, int call, uint32_t after, uint32_t count, int error);

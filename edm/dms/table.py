@@ -30,8 +30,9 @@ def words_at(words: Any) -> Any:
 
 
 class PageTable:
-    """Region and page number → slot, version, checksum; slots counted by reference. Every change may raise MemoryError,
-    and has then changed nothing.
+    """Region and page number → slot, version, checksum; slots counted by reference.
+
+    Every change may raise MemoryError, and has then changed nothing.
     """
 
     def __init__(self) -> None:

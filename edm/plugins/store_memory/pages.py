@@ -93,7 +93,7 @@ class MemoryPages:
                 empty.append(slab)
         self._give_back(np.asarray(slots, np.uint64)[self._known(slots)])
         # One empty slab stays, or a store that shrinks and grows by one page would map and unmap all the time.
-        if len(empty) and sum(not slab.used_pages for slab in self._slabs.values()) > 1:
+        if empty and sum(not slab.used_pages for slab in self._slabs.values()) > 1:
             self._drop_slabs(empty[1:] if len(empty) > 1 else empty)
 
     def live(self, slots: Slots) -> None:

@@ -1,0 +1,233 @@
+"""The SPT store `file`: the table in memory, every change in a journal on disk.
+
+Place on the path: asked by the memory server [6, 9, 10]; its commit comes before the acknowledgement of an eviction.
+
+What each sync policy promises: a commit survives the server's death under all of them, since the kernel has it. A loss
+of power is survived with `always` by every commit; with `batch` by everything up to the last flush, of which there is
+one for every `group_pages` evicted; with `none` by nothing in particular, and never by wrong bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from edm._native import lib
+from edm.dms.table import PageTable
+from edm.errors import Corrupt, StoreError
+from edm.plugins.store_file.journal import JournalWriter, Replayed, change, record, replay, whole_table
+from edm.stores.directory import StoreDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from edm.types import PageRefs, Slots
+
+FORMAT_VERSION: Final = 1
+_SUFFIX: Final = ".journal"
+_COMPACT_LEAST_BYTES: Final = 16 << 20
+_COMPACT_LEAST_FRAMES: Final = 1 << 17
+
+
+class FileSpt(PageTable):
+    """A `PageTable` that is read from, and kept in, a journal. group_pages: how many evicted pages share a flush."""
+
+    def __init__(
+        self,
+        path: Path,
+        sync: str = "batch",
+        *,
+        group_pages: int = 16384,
+        write: Callable[[int, Any, int], int] = os.pwrite,
+        datasync: Callable[[int], None] = os.fdatasync,
+    ) -> None:
+        super().__init__()
+        self._always = sync == "always"
+        self.lazy = sync == "batch"
+        self._loose = lib.EDM_SPT_LOOSE if sync == "none" else 0
+        self._group_pages = group_pages
+        self._calls = {"write": write, "sync": datasync}
+        self._changes: list[bytes] = []
+        self._pages_since_flush = 0
+        self._frames_since_compaction = 0
+        self._suspect = False
+        self._closed = False
+        self._directory = StoreDirectory(path, "edm SPT journal", FORMAT_VERSION)
+        try:
+            self._open()
+        except BaseException:
+            self._directory.close(clean=False)
+            raise
+
+    # ---- changes: to the table at once, to the journal with the next commit
+
+    def record(self, refs: PageRefs, slots: Slots) -> Slots:
+        """See `SptStore`."""
+        gone = super().record(refs, slots)
+        self._changes.append(record(refs, slots))
+        self._pages_since_flush += len(refs)
+        return gone
+
+    def create(self, region: int) -> None:
+        """See `SptStore`."""
+        super().create(region)
+        self._changes.append(change(lib.EDM_SPT_CREATE, region))
+
+    def clone(self, region: int, into: int) -> Slots:
+        """See `SptStore`."""
+        gone = super().clone(region, into)
+        self._changes.append(change(lib.EDM_SPT_CLONE, region, into))
+        return gone
+
+    def move(self, region: int, start: int, to: int, count: int) -> Slots:
+        """See `SptStore`."""
+        gone = super().move(region, start, to, count)
+        self._changes.append(change(lib.EDM_SPT_MOVE, region, start, to, count))
+        return gone
+
+    def drop(self, region: int, start: int, count: int) -> Slots:
+        """See `SptStore`."""
+        gone = super().drop(region, start, count)
+        self._changes.append(change(lib.EDM_SPT_DROP, region, start, count))
+        return gone
+
+    def drop_region(self, region: int) -> Slots:
+        """See `SptStore`."""
+        gone = super().drop_region(region)
+        self._changes.append(change(lib.EDM_SPT_DROP_REGION, region))
+        return gone
+
+    def note(self, key: int, value: int) -> None:
+        """See `SptStore`."""
+        super().note(key, value)
+        self._changes.append(change(lib.EDM_SPT_NOTE, key, value))
+
+    # ---- making them last
+
+    @property
+    def wants_flush(self) -> bool:
+        """A group of pages is full, or the journal has grown long."""
+        return (self.lazy and self._pages_since_flush >= self._group_pages) or self._long()
+
+    def commit(self) -> None:
+        """See `SptStore`."""
+        if self._always:
+            self._seal()
+        elif self._changes:
+            self._append(self._loose)
+
+    def flush(self) -> None:
+        """See `SptStore`; a journal that has grown long is compacted."""
+        if self._long():
+            self._compact()
+        else:
+            self._seal()
+        self._pages_since_flush = 0
+
+    def compact(self) -> int:
+        """Write the table anew; returns by how many bytes the journal became shorter. The page store is flushed before."""
+        before = self._journal.end
+        self._compact()
+        return before - self._journal.end
+
+    def stat(self) -> dict[str, Any]:
+        """The table's figures, and the journal's length."""
+        return {**super().stat(), "journal_bytes": self._journal.end, "torn_bytes": self._torn_bytes}
+
+    def close(self) -> None:
+        """See `SptStore`."""
+        if self._closed:
+            return
+        self._closed = True
+        clean = False
+        try:
+            self._seal()
+            clean = True
+        finally:
+            self._journal.close()
+            self._directory.close(clean=clean)
+
+    def _append(self, flags: int) -> None:
+        # Kept until they are written: a commit that fails is made good by the next.
+        self._journal.append(b"".join(self._changes), flags)
+        self._changes.clear()
+        self._frames_since_compaction += 1
+
+    def _seal(self) -> None:
+        """Write what is pending as a frame that says: the pages are on disk; and have it there too."""
+        if self._suspect:
+            # A failed sync may have marked clean what never reached the disk: only a new file is sure to.
+            self._compact()
+            return
+        if self._changes or not self._sealed:
+            self._append(lib.EDM_SPT_SEALED)
+        try:
+            self._journal.sync()
+        except StoreError:
+            self._suspect = True
+            raise
+        self._sealed = not self._loose
+
+    def _long(self) -> bool:
+        grown = self._journal.end - self._compacted_bytes
+        return (
+            grown > max(_COMPACT_LEAST_BYTES, self._compacted_bytes)
+            or self._frames_since_compaction > _COMPACT_LEAST_FRAMES + self._compacted_bytes // 64
+        )
+
+    # ---- files
+
+    def _open(self) -> None:
+        """Read the newest journal; one that was being written when the server died has another name."""
+        path = self._directory.path
+        for left in path.glob("*.new"):
+            left.unlink()
+        found = sorted(path.glob("*" + _SUFFIX))
+        at = Replayed(0, 0, 0, 0)
+        if found:
+            at = replay(self, found[-1], only_sealed=self._directory.lost_power)
+            if not at.frames and at.left_bytes:
+                raise Corrupt(f"{found[-1]}: damaged in its first frame: the page table cannot be read")
+            for older in found[:-1]:
+                older.unlink()
+        self._torn_bytes = at.left_bytes
+        self._journal = JournalWriter(found[-1] if found else path / f"{0:08x}{_SUFFIX}", at, **self._calls)
+        self._compacted_bytes = 0
+        self._sealed = False
+        if not found:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Write the whole table into the next journal, and go on there. The old one stays good until the new one is."""
+        old = self._journal
+        number = int(old.path.stem, 16) + 1
+        final = self._directory.path / f"{number:08x}{_SUFFIX}"
+        beside = final.with_suffix(".new")
+        new = JournalWriter(beside, Replayed(0, 0, 0, 0), **self._calls)
+        try:
+            for changes in whole_table(self):
+                new.append(changes, 0)
+            new.append(b"", lib.EDM_SPT_SEALED)
+            new.sync()
+            beside.rename(final)
+            new.path = final
+        except BaseException as error:
+            new.close()
+            with contextlib.suppress(FileNotFoundError):
+                beside.unlink()
+            if isinstance(error, OSError):
+                raise StoreError(f"renaming {beside}: {error.strerror}") from None
+            raise
+        old.close()
+        self._journal = new
+        self._compacted_bytes = new.end
+        self._changes.clear()
+        self._frames_since_compaction = 0
+        self._suspect = False
+        self._sealed = not self._loose
+        # Where this fails, the older journal is still complete up to here, and the newer is tried first.
+        self._directory.sync()
+        with contextlib.suppress(FileNotFoundError):
+            old.path.unlink()

@@ -50,7 +50,7 @@ def read_secret(path: Path) -> tuple[bytes, bytes]:
     import zmq  # noqa: PLC0415
 
     text = _read(path).strip()
-    # systemd hands credentials over by access lists, which look like group rights, in a directory that is the service's.
+    # systemd hands credentials over by access lists, which look like rights of the group, in a private directory.
     handed_over = path.is_relative_to(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"))
     if path.stat().st_mode & 0o077 and not handed_over:
         raise UsageError(f"{path} holds a secret key and can be read by others: chmod 600 {path}")

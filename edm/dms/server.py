@@ -92,7 +92,7 @@ class MemoryServer:
                     counters.found += count
                     return None
             except (StoreError, OSError) as error:
-                log.warning("reading %d pages: %s", count, error)
+                log.debug("reading %d pages: %s", count, error)
         if found:
             self._get_singly(refs, slots, into)
         return None
@@ -115,15 +115,19 @@ class MemoryServer:
     def _get_singly(self, refs: PageRefs, slots: Slots, into: memoryview) -> None:
         """Some are not stored, or one of them cannot be read: each by itself, damaged ones as errors."""
         page = memoryview(bytearray(PAGE_BYTES))
+        errors = 0
         for i in np.flatnonzero(refs["status"] == GetStatus.EXISTING_PAGE).tolist():
             reason = self._read(refs[i : i + 1], slots[i : i + 1], page)
             if reason:
-                log.error("page %s: %s", _name(refs, i), reason)
-                self.counters.errors += 1
+                log.log(logging.DEBUG if errors else logging.ERROR, "page %s: %s", _name(refs, i), reason)
+                errors += 1
                 refs["status"][i] = GetStatus.ERROR
             else:
                 self.counters.found += 1
                 into[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] = page
+        if errors > 1:
+            log.error("%d more pages of the same request cannot be read", errors - 1)
+        self.counters.errors += errors
 
     def _read(self, ref: PageRefs, slot: Slots, page: memoryview) -> str:
         try:

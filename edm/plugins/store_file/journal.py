@@ -71,8 +71,8 @@ class Replayed:
 def replay(table: PageTable, path: Path, *, only_sealed: bool) -> Replayed:
     """Read a journal into an empty table, up to the first frame that is torn.
 
-    only_sealed: the machine went down, so frames behind the last sealed one may speak of pages that were never written;
-    they are left out, unless they were written by a store that promises nothing (sync = none), and may as well be tried.
+    only_sealed: the machine went down, so frames behind the last sealed one may speak of pages that were never written.
+    They are left out, unless they were written by a store that promises nothing (sync = none): they may as well be tried.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -102,13 +102,12 @@ def _replay(table: Any, start: Any, size: int, state: Any, path: Path) -> int:
 
 
 class JournalWriter:
-    """Appends frames to a journal file. write, sync: the system calls (os.pwrite, os.fdatasync), for tests to replace."""
+    """Appends frames to a journal file. write, sync: os.pwrite and os.fdatasync, for tests to replace."""
 
     def __init__(
         self,
         path: Path,
         at: Replayed,
-        *,
         write: Callable[[int, Any, int], int] = os.pwrite,
         sync: Callable[[int], None] = os.fdatasync,
     ) -> None:

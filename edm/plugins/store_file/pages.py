@@ -126,14 +126,14 @@ class FilePages:
         self._directory.close(clean=clean)
 
     def _attach(self) -> None:
-        for entry in sorted(os.listdir(self._path)):
-            matched = _SEGMENT.fullmatch(entry)
+        for entry in sorted(self._path.iterdir()):
+            matched = _SEGMENT.fullmatch(entry.name)
             if matched:
                 result = lib.edm_pf_attach(self.native, int(matched[1], 16), 0)
                 if result < 0:
-                    raise StoreError(f"{self._path / entry}: {os.strerror(-result)}")
+                    raise StoreError(f"{entry}: {os.strerror(-result)}")
                 if result:
-                    self.damaged_headers.append(self._path / entry)
+                    self.damaged_headers.append(entry)
 
     def _check_direct(self) -> None:
         try:

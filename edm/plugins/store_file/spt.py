@@ -48,7 +48,8 @@ class FileSpt(PageTable):
         self.lazy = sync == "batch"
         self._loose = lib.EDM_SPT_LOOSE if sync == "none" else 0
         self._group_pages = group_pages
-        self._calls = {"write": write, "sync": datasync}
+        self._system_calls = (write, datasync)
+        self._sealed = False
         self._changes: list[bytes] = []
         self._pages_since_flush = 0
         self._frames_since_compaction = 0
@@ -127,7 +128,7 @@ class FileSpt(PageTable):
         self._pages_since_flush = 0
 
     def compact(self) -> int:
-        """Write the table anew; returns by how many bytes the journal became shorter. The page store is flushed before."""
+        """Write the table anew, the page store having been flushed; returns by how many bytes the journal is shorter."""
         before = self._journal.end
         self._compact()
         return before - self._journal.end
@@ -193,9 +194,8 @@ class FileSpt(PageTable):
             for older in found[:-1]:
                 older.unlink()
         self._torn_bytes = at.left_bytes
-        self._journal = JournalWriter(found[-1] if found else path / f"{0:08x}{_SUFFIX}", at, **self._calls)
+        self._journal = JournalWriter(found[-1] if found else path / f"{0:08x}{_SUFFIX}", at, *self._system_calls)
         self._compacted_bytes = 0
-        self._sealed = False
         if not found:
             self._compact()
 
@@ -205,7 +205,7 @@ class FileSpt(PageTable):
         number = int(old.path.stem, 16) + 1
         final = self._directory.path / f"{number:08x}{_SUFFIX}"
         beside = final.with_suffix(".new")
-        new = JournalWriter(beside, Replayed(0, 0, 0, 0), **self._calls)
+        new = JournalWriter(beside, Replayed(0, 0, 0, 0), *self._system_calls)
         try:
             for changes in whole_table(self):
                 new.append(changes, 0)

@@ -91,7 +91,8 @@ class MemoryPages:
             self._used_pages -= before
             if not slab.used_pages:
                 empty.append(slab)
-        self._give_back(np.asarray(slots, np.uint64)[self._known(slots)])
+        # Taken from the end: so that the next batch is a run again if this one was.
+        self._give_back(np.asarray(slots, np.uint64)[self._known(slots)][::-1])
         # One empty slab stays, or a store that shrinks and grows by one page would map and unmap all the time.
         if empty and sum(not slab.used_pages for slab in self._slabs.values()) > 1:
             self._drop_slabs(empty[1:] if len(empty) > 1 else empty)
@@ -155,6 +156,8 @@ class MemoryPages:
         self._free_count = needed
 
     def _known(self, slots: Slots) -> Any:
+        if len(slots) == 1:
+            return [int(slots[0]) // SLAB_PAGES in self._slabs]
         return np.isin(np.asarray(slots, np.uint64) // np.uint64(SLAB_PAGES), list(self._slabs))
 
     def _drop_slabs(self, slabs: list[Slab]) -> None:

@@ -1,0 +1,154 @@
+"""The page store `lmdb`: a row a page, in two parts.
+
+Place on the path: step [7], and the end of an eviction.
+
+LMDB keeps a large value on pages of its own, behind 16 bytes of header: a value of 4096 bytes would take two. So a page
+is a value of 4080 bytes, which takes exactly one, and its last 16 bytes stand with its checksum in a second table,
+about a hundred to a page. Slots count upwards and are never given twice.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from edm._native import ffi, lib
+from edm.errors import Corrupt
+from edm.types import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from edm.plugins.store_lmdb.environment import Environment
+    from edm.types import Slots
+
+_HEAD_BYTES: Final = 4080
+_TAIL_BYTES: Final = PAGE_BYTES - _HEAD_BYTES
+_TAIL_ROW: Final = np.dtype([("tail", f"V{_TAIL_BYTES}"), ("checksum", "<u4"), ("reserved", "<u4")])
+_KEY: Final = struct.Struct("=Q")
+_FREE_AT_ONCE: Final = 4096
+
+
+class LmdbPages:
+    """A `PageStore` in an environment, which it closes."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._heads = environment.table("heads", integer_key=True)
+        self._tails = environment.table("tails", integer_key=True)
+        self._next_slot = 1 + int(environment.read(self._last))
+        self._pages = int(environment.read(lambda transaction: transaction.stat(self._heads)["entries"]))
+        self._to_free: list[bytes] = []
+        self._closed = False
+
+    def put(self, pages: memoryview, checksums: Any) -> Slots:
+        """See `PageStore`."""
+        rows = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)
+        slots = np.arange(self._next_slot, self._next_slot + len(rows), dtype=np.uint64)
+        tails = np.zeros(len(rows), _TAIL_ROW)
+        tails["tail"] = np.ascontiguousarray(rows[:, _HEAD_BYTES:]).view(f"V{_TAIL_BYTES}")[:, 0]
+        tails["checksum"] = checksums
+        keys = [_KEY.pack(slot) for slot in slots.tolist()]
+        heads = [pages[at : at + _HEAD_BYTES] for at in range(0, len(pages), PAGE_BYTES)]
+        packed, size = tails.tobytes(), _TAIL_ROW.itemsize
+
+        def work(transaction: Any) -> None:
+            self._delete(transaction)
+            self._append(transaction, self._heads, zip(keys, heads, strict=True))
+            parts = (packed[at : at + size] for at in range(0, len(packed), size))
+            self._append(transaction, self._tails, zip(keys, parts, strict=True))
+
+        self._environment.write(work, may_fill=True)
+        self._freed()
+        self._next_slot += len(rows)
+        self._pages += len(rows)
+        return slots
+
+    @staticmethod
+    def _append(transaction: Any, table: Any, items: Any) -> None:
+        with transaction.cursor(table) as cursor:
+            cursor.putmulti(items, append=True)
+
+    def get(self, slots: Slots, into: memoryview) -> None:
+        """See `PageStore`."""
+        checksums = np.zeros(len(slots), np.uint32)
+
+        def work(transaction: Any) -> None:
+            for i, slot in enumerate(slots.tolist()):
+                key = _KEY.pack(slot)
+                head, tail = transaction.get(key, db=self._heads), transaction.get(key, db=self._tails)
+                if head is None or tail is None or len(head) != _HEAD_BYTES or len(tail) != _TAIL_ROW.itemsize:
+                    raise Corrupt(f"{self._environment.path}: slot {slot} holds no page")
+                at = i * PAGE_BYTES
+                into[at : at + _HEAD_BYTES] = head
+                into[at + _HEAD_BYTES : at + PAGE_BYTES] = tail[:_TAIL_BYTES]
+                checksums[i] = int.from_bytes(tail[_TAIL_BYTES : _TAIL_BYTES + 4], "little")
+
+        self._environment.read(work)
+        found = np.empty(len(slots), np.uint32)
+        lib.edm_crc32c_pages(ffi.from_buffer(into), len(slots), ffi.from_buffer("uint32_t[]", found))
+        if not np.array_equal(found, checksums):
+            slot = int(slots[np.flatnonzero(found != checksums)[0]])
+            raise Corrupt(f"{self._environment.path}: slot {slot}: its checksum does not match")
+
+    def free(self, slots: Slots) -> None:
+        """See `PageStore`; they are deleted with the next put, or once there are many."""
+        self._to_free += [_KEY.pack(slot) for slot in slots.tolist()]
+        if len(self._to_free) >= _FREE_AT_ONCE:
+            self._delete_now()
+
+    def live(self, slots: Slots) -> None:
+        """See `PageStore`."""
+        wanted = np.unique(slots)
+        if len(wanted):
+            self._next_slot = max(self._next_slot, int(wanted[-1]) + 1)
+        there = self._environment.read(self._all_slots)
+        self.free(there[~np.isin(there, wanted)])
+        self._delete_now()
+
+    def sync(self) -> None:
+        """A put is a transaction, which was synced as the policy says."""
+
+    def flush(self) -> None:
+        """See `PageStore`."""
+        self._environment.flush()
+
+    def where(self, _slot: int) -> Any:
+        """The file that holds a slot."""
+        return self._environment.path
+
+    def stat(self) -> dict[str, Any]:
+        """Pages, and the environment's size."""
+        return {"pages": self._pages - len(self._to_free), **self._environment.stat()}
+
+    def close(self) -> None:
+        """See `PageStore`."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._delete_now()
+        finally:
+            self._environment.close("pages")
+
+    def _delete_now(self) -> None:
+        if self._to_free:
+            self._environment.write(self._delete, may_fill=False)
+            self._freed()
+
+    def _delete(self, transaction: Any) -> None:
+        for key in self._to_free:
+            transaction.delete(key, db=self._heads)
+            transaction.delete(key, db=self._tails)
+
+    def _freed(self) -> None:
+        self._pages -= len(self._to_free)
+        self._to_free.clear()
+
+    def _last(self, transaction: Any) -> int:
+        with transaction.cursor(self._heads) as cursor:
+            return int(_KEY.unpack(cursor.key())[0]) if cursor.last() else 0
+
+    def _all_slots(self, transaction: Any) -> Slots:
+        with transaction.cursor(self._heads) as cursor:
+            return np.frombuffer(b"".join(cursor.iternext(values=False)), np.uint64)

@@ -1,0 +1,267 @@
+"""The SPT store `lmdb`: the table in memory, a row a page in LMDB.
+
+Place on the path: asked by the memory server [6, 9, 10]; its commit comes before the acknowledgement of an eviction.
+
+Every row has a checksum, and with each transaction goes the number of all rows and the sum of their checksums: a row
+that is damaged, missing or too much is found when the store opens. Lookups are answered from memory only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import numpy as np
+
+from edm._native import lib
+from edm.dms.table import NO_SLOTS, PageTable, words_at
+from edm.errors import Corrupt
+from edm.types import PAGE_REF
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edm.plugins.store_lmdb.environment import Environment
+    from edm.types import PageRefs, Slots
+
+_KEY: Final = np.dtype([("region", ">u8"), ("index", ">u8")])
+_ROW: Final = np.dtype([("slot", "<u8"), ("version", "<u8"), ("checksum", "<u8"), ("hash", "<u8")])
+_PAIR: Final = struct.Struct(">QQ")
+_TOTALS: Final = struct.Struct("<QQ")
+_TOTALS_KEY: Final = b"totals"
+_ROWS_AT_ONCE: Final = 1 << 18
+_ODD: Final = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
+_UNCOUNTED_FROM: Final = np.uint64(1 << 63)
+"""Slots from here on are no place in a page store (a page of zeros), and many pages may have the same."""
+
+
+@attrs.define
+class _Changes:
+    """What a transaction does: ranges to delete, then rows to write, in this order."""
+
+    delete: list[tuple[int, int, int]] = attrs.field(factory=list)
+    refs: PageRefs = attrs.field(factory=lambda: np.zeros(0, PAGE_REF))
+    slots: Slots = attrs.field(factory=lambda: NO_SLOTS)
+    named: list[tuple[str, int, int | None]] = attrs.field(factory=list)
+
+
+class LmdbSpt(PageTable):
+    """A `PageTable` that is read from, and kept in, an environment, which it closes."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__()
+        self._environment = environment
+        self._rows = environment.table("spt", integer_key=False)
+        self._names = environment.table("spt regions and notes", integer_key=False)
+        self._pending: list[_Changes] = []
+        self._closed = False
+        try:
+            self._totals = environment.read(self._load)
+        except BaseException:
+            environment.close("spt")
+            raise
+
+    # ---- changes: to the table at once, to LMDB with the next commit
+
+    def record(self, refs: PageRefs, slots: Slots) -> Slots:
+        """See `SptStore`."""
+        new = [region for region in np.unique(refs["region"]).tolist() if region not in self.regions()]
+        gone = super().record(refs, slots)
+        named: list[tuple[str, int, int | None]] = [("region", region, 0) for region in new]
+        self._pending.append(_Changes(refs=refs.copy(), slots=slots.copy(), named=named))
+        return gone
+
+    def create(self, region: int) -> None:
+        """See `SptStore`."""
+        super().create(region)
+        self._pending.append(_Changes(named=[("region", region, 0)]))
+
+    def clone(self, region: int, into: int) -> Slots:
+        """See `SptStore`."""
+        gone = super().clone(region, into)
+        if region != into:
+            refs, slots = self.pages(into)
+            self._pending.append(_Changes([(into, 0, 1 << 64)], refs, slots, [("region", into, 0)]))
+        return gone
+
+    def move(self, region: int, start: int, to: int, count: int) -> Slots:
+        """See `SptStore`."""
+        gone = super().move(region, start, to, count)
+        if start != to:
+            refs, slots = self.pages(region)
+            moved = (refs["index"] >= np.uint64(to)) & (refs["index"] - np.uint64(to) < np.uint64(count))
+            self._pending.append(_Changes([(region, start, count), (region, to, count)], refs[moved], slots[moved]))
+        return gone
+
+    def drop(self, region: int, start: int, count: int) -> Slots:
+        """See `SptStore`."""
+        gone = super().drop(region, start, count)
+        self._pending.append(_Changes([(region, start, count)]))
+        return gone
+
+    def drop_region(self, region: int) -> Slots:
+        """See `SptStore`."""
+        gone = super().drop_region(region)
+        self._pending.append(_Changes([(region, 0, 1 << 64)], named=[("region", region, None)]))
+        return gone
+
+    def note(self, key: int, value: int) -> None:
+        """See `SptStore`."""
+        super().note(key, value)
+        self._pending.append(_Changes(named=[("note", key, value)]))
+
+    # ---- making them last
+
+    def commit(self) -> None:
+        """See `SptStore`: everything since the last commit is one transaction."""
+        if self._pending:
+            # What frees room must not fail for want of it.
+            self._totals = self._environment.write(self._write, may_fill=False)
+            self._pending.clear()
+
+    def flush(self) -> None:
+        """See `SptStore`."""
+        self.commit()
+        self._environment.flush()
+
+    def stat(self) -> dict[str, Any]:
+        """The table's figures, and the environment's size."""
+        return {**super().stat(), **self._environment.stat()}
+
+    def close(self) -> None:
+        """See `SptStore`."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.commit()
+        finally:
+            self._environment.close("spt")
+
+    def _write(self, transaction: Any) -> tuple[int, int]:
+        count, total = self._totals
+        for changes in self._pending:
+            for region, start, pages in changes.delete:
+                deleted, deleted_sum = self._delete(transaction, region, start, pages)
+                count, total = count - deleted, total - deleted_sum
+            for kind, key, value in changes.named:
+                self._name(transaction, kind, key, value)
+            if len(changes.refs):
+                added, added_sum = self._put(transaction, changes.refs, changes.slots)
+                count, total = count + added, total + added_sum
+        totals = count, total % (1 << 64)
+        transaction.put(_TOTALS_KEY, _TOTALS.pack(*totals), db=self._names)
+        return totals
+
+    def _name(self, transaction: Any, kind: str, key: int, value: int | None) -> None:
+        name = f"{kind} {key}".encode()
+        if value is None:
+            transaction.delete(name, db=self._names)
+        else:
+            transaction.put(name, _TOTALS.pack(value, _check_of(key, value)), db=self._names)
+
+    def _put(self, transaction: Any, refs: PageRefs, slots: Slots) -> tuple[int, int]:
+        rows = _rows_of(refs, slots)
+        keys = np.empty(len(refs), _KEY)
+        keys["region"], keys["index"] = refs["region"], refs["index"]
+        packed_keys, packed_rows = keys.tobytes(), rows.tobytes()
+        added = total = 0
+        with transaction.cursor(self._rows) as cursor:
+            for i, row_hash in enumerate(rows["hash"].tolist()):
+                key = packed_keys[i * _KEY.itemsize : (i + 1) * _KEY.itemsize]
+                if cursor.set_key(key):
+                    added -= 1
+                    total -= int.from_bytes(bytes(cursor.value())[-8:], "little")
+                cursor.put(key, packed_rows[i * _ROW.itemsize : (i + 1) * _ROW.itemsize])
+                added += 1
+                total += row_hash
+        return added, total
+
+    def _delete(self, transaction: Any, region: int, start: int, pages: int) -> tuple[int, int]:
+        end = _PAIR.pack(region, start + pages) if start + pages < 1 << 64 else None
+        deleted = total = 0
+        with transaction.cursor(self._rows) as cursor:
+            there = cursor.set_range(_PAIR.pack(region, start))
+            while there:
+                key = bytes(cursor.key())
+                if key[:8] != _PAIR.pack(region, 0)[:8] or (end is not None and key >= end):
+                    break
+                total += int.from_bytes(bytes(cursor.value())[-8:], "little")
+                deleted += 1
+                there = cursor.delete()
+        return deleted, total
+
+    # ---- opening
+
+    def _load(self, transaction: Any) -> tuple[int, int]:
+        totals = (0, 0)
+        with transaction.cursor(self._names) as cursor:
+            for name, value in cursor:
+                if bytes(name) == _TOTALS_KEY:
+                    totals = _TOTALS.unpack(value)
+                    continue
+                kind, key = bytes(name).decode(errors="replace").split(" ", 1)
+                number, check = _TOTALS.unpack(value)
+                if kind not in {"region", "note"} or not key.isdigit() or check != _check_of(int(key), number):
+                    raise self._damaged(f"the entry '{kind} {key}'")
+                if kind == "region":
+                    super().create(int(key))
+                else:
+                    super().note(int(key), number)
+        if self._load_rows(transaction) != totals:
+            raise self._damaged("rows are missing or too many")
+        return totals
+
+    def _load_rows(self, transaction: Any) -> tuple[int, int]:
+        count = total = 0
+        slots_of: list[Slots] = []
+        for keys, rows in self._batches(transaction):
+            refs = np.zeros(len(keys), PAGE_REF)
+            refs["region"], refs["index"] = keys["region"], keys["index"]
+            refs["version"], refs["checksum"] = rows["version"], rows["checksum"].astype(np.uint32)
+            slots = np.ascontiguousarray(rows["slot"])
+            again = _rows_of(refs, slots)
+            if not np.array_equal(again, rows):
+                bad = int(np.flatnonzero(again != rows)[0])
+                raise self._damaged(f"the row of page {int(refs['region'][bad]):#x}:{int(refs['index'][bad]):#x}")
+            super().record(refs, slots)
+            slots_of.append(slots[slots < _UNCOUNTED_FROM])
+            count += len(refs)
+            total += int(rows["hash"].sum(dtype=np.uint64))
+        self._share(np.concatenate(slots_of or [NO_SLOTS]))
+        return count, total % (1 << 64)
+
+    def _share(self, slots: Slots) -> None:
+        unique, counts = np.unique(slots, return_counts=True)
+        several = counts > 1
+        pairs = np.ascontiguousarray(np.stack([unique[several], (counts[several] - 1).astype(np.uint64)], axis=1))
+        if len(pairs) and lib.edm_spt_share(self.native, words_at(pairs), len(pairs)):
+            raise MemoryError
+
+    def _batches(self, transaction: Any) -> Iterator[tuple[Any, Any]]:
+        with transaction.cursor(self._rows) as cursor:
+            items = cursor.iternext()
+            while batch := list(itertools.islice(items, _ROWS_AT_ONCE)):
+                if any(len(key) != _KEY.itemsize or len(row) != _ROW.itemsize for key, row in batch):
+                    raise self._damaged("a row has another size")
+                keys = np.frombuffer(b"".join(key for key, _ in batch), _KEY)
+                yield keys, np.frombuffer(b"".join(row for _, row in batch), _ROW)
+
+    def _damaged(self, what: str) -> Corrupt:
+        return Corrupt(f"{self._environment.path}: the page table is damaged: {what}")
+
+
+def _rows_of(refs: PageRefs, slots: Slots) -> Any:
+    rows = np.empty(len(refs), _ROW)
+    rows["slot"], rows["version"], rows["checksum"] = slots, refs["version"], refs["checksum"]
+    # Odd factors: whatever single field changes, the hash does.
+    rows["hash"] = (
+        (refs["region"] * _ODD[0] ^ refs["index"]) * _ODD[1] + (slots * _ODD[2] ^ refs["version"]) * _ODD[3]
+    ) ^ rows["checksum"] * _ODD[0]
+    return rows
+
+
+def _check_of(key: int, value: int) -> int:
+    return (key * int(_ODD[0]) + value * int(_ODD[1]) + 1) % (1 << 64)

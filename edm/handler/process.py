@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import shutil
 import signal
 import socket
 import struct
@@ -195,6 +196,8 @@ def run(run_dir: Path) -> int:
         launcher.say("ready", holder=holder, environment=handler.source.prepare({}))
         handler.serve()
         launcher.say("finished", counters=handler.close(), error="")
+        if launcher.gone:
+            remove_run(run_dir)  # nobody else will
     except EdmError as error:
         launcher.say("error", message=str(error), holder=holder)
         return _leave(holder, launcher)
@@ -204,6 +207,14 @@ def run(run_dir: Path) -> int:
         return _leave(holder, launcher)
     end_holder(holder)
     return 0
+
+
+def remove_run(run_dir: Path) -> None:
+    """Remove the directories of a run whose launcher was killed."""
+    config = Config.read(run_dir / "config.json")
+    if config.path is not None and not config.keep:
+        shutil.rmtree(config.path, ignore_errors=True)
+    shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def _leave(holder: int, launcher: Launcher) -> int:

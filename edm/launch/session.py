@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -56,16 +57,18 @@ class Session:
         self._config = config
         self._run_dir = run_dir
         self._waiting_for = set(roles)
+        # Before any thread: one that does not block SIGCHLD would swallow it.
+        self._mask = block_signals()
         self._control = Control(run_dir.sockets / "control.sock")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._additions: Mapping[str, str] = {}
         self._holder = 0
+        self._alive: dict[str, int] = {}
         self._finished = self._finishing = False
         self._failure: str | None = None
         self.counters: dict[str, int] = {}
         self.warnings: list[str] = []
         self._pids: list[int] | None = None
-        self._mask = block_signals()
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def start(self, plan: LaunchPlan) -> None:
@@ -129,6 +132,11 @@ class Session:
         return environment
 
     def _take_events(self, timeout_s: float) -> None:
+        for role, pidfd in list(self._alive.items()):
+            # Not by its socket's end: the holder has a copy of it.
+            if select.select([pidfd], [], [], 0)[0]:
+                os.close(self._alive.pop(role))
+                self._take(Event(role, "gone", {}))
         try:
             self._take(self._control.events.get(timeout=timeout_s) if timeout_s else self._control.events.get_nowait())
             while True:
@@ -140,6 +148,7 @@ class Session:
         details = event.details
         if event.event == "ready":
             self._waiting_for.discard(event.role)
+            self._watch(event.role, int(details["pid"]))
             self._additions = details.get("environment", self._additions)
             self._holder = details.get("holder", self._holder)
         elif event.event in {"counters", "finished"}:
@@ -157,6 +166,12 @@ class Session:
         elif event.event == "gone" and not self._finished and event.role in self._needed():
             title = {"dm-handler": "DM-Handler", "dms": "memory server"}[event.role]
             self._failure = self._failure or f"the {title} has died: {self._log_tail()}"
+
+    def _watch(self, role: str, pid: int) -> None:
+        try:
+            self._alive[role] = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._take(Event(role, "gone", {}))
 
     def _needed(self) -> set[str]:
         """Whose end is a failure: at the end of a run the DMS leaves first."""
@@ -241,6 +256,11 @@ class Session:
         if not self._finished:
             self.end_programs([])
         self._control.close()
+        for pidfd in self._alive.values():
+            os.close(pidfd)
+        self._alive.clear()
+        if self._holder and not self._finished:
+            _send(self._holder, signal.SIGKILL)
         for process in self._processes:
             try:
                 process.wait(5.0 if self._finished else 0.5)
@@ -252,8 +272,6 @@ class Session:
             except subprocess.TimeoutExpired:
                 _send_group(process.pid, signal.SIGKILL)
                 process.wait()
-        if self._holder and not self._finished:
-            _send(self._holder, signal.SIGKILL)
         _reap()
 
     def _log_tail(self) -> str:

@@ -219,7 +219,9 @@ static void fork_entry(struct space *child, struct leaf *cl, const struct lspt_e
         g->count.remote++;
         break;
     case PS_STAGED: {
-        // The same bytes under the child's name: the slot is shared, the write is the child's own.
+        // The same bytes under the child's name: the slot is shared, the write is the child's own. The clone brings the
+        // child what the parent has sent by then.
+        ce->flags |= PF_STORED;
         uint32_t id = outbox_push(g, EDM_OUT_EVICT, child);
         struct outbox_item *o = outbox_item_at(g, id), *p = outbox_item_at(g, e->where);
         o->page = o->a = page;

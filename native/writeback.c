@@ -182,6 +182,12 @@ static void outbox_return(struct edm_engine *g, const uint32_t *ids, uint32_t n)
     }
 }
 
+static void note_stored(const struct outbox_item *o) {
+    struct lspt_entry *e = lspt_entry(&o->space->lspt, o->page);
+    if (e && (e->state || e->flags))
+        e->flags |= PF_STORED;
+}
+
 static void eviction_done(struct edm_engine *g, struct outbox_item *o) {
     struct space *s = o->space;
     struct leaf *l = lspt_leaf(&s->lspt, o->page);
@@ -212,6 +218,7 @@ void edm_outbox_done(struct edm_engine *g, const struct edm_outbox *out) {
         struct outbox_item *o = ITEM(g, g->out_item[i]);
         if (o->kind == EDM_OUT_EVICT && out->refs[i].status != 0) {
             g->count.write_failures++;
+            note_stored(o);  // a refused page may have been kept all the same
             if (o->state == OB_SENT) {
                 failed[nfailed++] = g->out_item[i];
                 continue;

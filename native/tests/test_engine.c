@@ -91,6 +91,20 @@ static const struct scenario scenarios[] = {
      .corrupt = 5,
      .fetch_us = 100,
      .evict_us = 500},
+    {.name = "everything, asking",
+     .threads = 5,
+     .workers = 3,
+     .budget = 16,
+     .buffer = 32,
+     .ops = 900,
+     .track = true,
+     .ask = true,
+     .structural = true,
+     .fork = true,
+     .pins = true,
+     .refuse = 100,
+     .fetch_us = 100,
+     .evict_us = 500},
 };
 
 struct run {

@@ -267,6 +267,50 @@ static void child_has_the_page_its_parent_is_fetching(void) {
     finish();
 }
 
+static const struct edm_engine_config asking = {
+    .local_pages = 16, .write_back_pages = 64, .track_writes = true, .ask = true};
+
+// The clone has brought the child what its parent had sent: forgetting it must drop it there.
+static void child_drops_what_the_clone_brought(void) {
+    struct edm_replay *child;
+    uint64_t value = 1;
+    begin(asking);
+    dms.hold = true;
+    write_all(40);
+    WAIT_FOR(dms.held_evictions);
+    CHECK(edm_replay_fork(program, &child) == 0);
+    for (uint64_t i = 0; i < 40; i++)
+        CHECK(edm_replay_event(child, EDM_REPLAY_REMOVE, i, 1, 0) == 0);
+    dms.hold = false;
+    for (uint64_t i = 0; i < 40; i++) {
+        int result = edm_replay_touch(child, i, 0, 0, &value);
+        if (result || value)
+            FAIL("page %" PRIu64 " of the child holds %" PRIu64 " (%s)", i, value, strerror(-result));
+        CHECK(read_page(i) == i + 1);
+    }
+    CHECK(!counters().lost);
+    edm_replay_close(child);
+    finish();
+}
+
+// A memory server that says it refused a page may have it all the same.
+static void refused_page_is_dropped_all_the_same(void) {
+    begin(asking);
+    dms.keep_refused = true;
+    dms.refuse = 1000;
+    write_all(40);
+    WAIT_FOR(counters().write_failures >= 64);
+    for (uint64_t i = 0; i < 24; i++) {
+        CHECK(read_page(i) == i + 1);  // rescued
+        CHECK(edm_replay_event(program, EDM_REPLAY_REMOVE, i, 1, 0) == 0);
+    }
+    dms.refuse = 0;
+    for (uint64_t i = 0; i < 40; i++)
+        CHECK(read_page(i) == (i < 24 ? 0 : i + 1));
+    CHECK(!counters().lost);
+    finish();
+}
+
 static void program_that_ends_lets_its_threads_go(void) {
     struct toucher t;
     fetch_under_way(&t);
@@ -352,6 +396,8 @@ int main(int argc, char **argv) {
         CASE(page_unmapped_while_fetched_reads_zeros),
         CASE(page_remapped_while_fetched_arrives_there),
         CASE(child_has_the_page_its_parent_is_fetching),
+        CASE(child_drops_what_the_clone_brought),
+        CASE(refused_page_is_dropped_all_the_same),
         CASE(program_that_ends_lets_its_threads_go),
         CASE(stop_ends_all_waiting),
         CASE(stop_in_the_middle_of_an_eviction),

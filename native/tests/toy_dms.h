@@ -26,6 +26,7 @@ struct toy_dms {
     // By chance, in 1000: an eviction is refused; a page is answered with an error; with other bytes than it has.
     _Atomic uint32_t refuse, error, corrupt;
     uint32_t fetch_us, evict_us;  // how long it takes, at most
+    _Atomic bool keep_refused;    // a refused page is kept always, not by chance
     _Atomic bool hold;            // answers no eviction
     _Atomic bool hold_fetch;      // answers no fetch
     _Atomic uint32_t held_fetches, held_evictions;
@@ -81,7 +82,7 @@ static void toy_evict(struct toy_dms *d, struct edm_page_ref *ref, const uint8_t
         FAIL("page %#" PRIx64 ": version %" PRIu64 " after %" PRIu64, ref->index, ref->version, p->version);
     ref->status = next_random(random) % 1000 < d->refuse;
     // A refused page may or may not have been kept.
-    if (!ref->status || next_random(random) % 2)
+    if (!ref->status || d->keep_refused || next_random(random) % 2)
         toy_put(p, ref->version, ref->checksum, data);
 }
 

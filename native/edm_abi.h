@@ -296,7 +296,7 @@ int64_t edm_spt_screen(const struct edm_page_ref *refs, const void *pages, size_
 /* ---- stores: page files (native/page_file.c) -------------------------------------------------------------------- */
 
 /* Pages in slots of segment files in one directory; a slot in use is never written. One thread at a time. What returns
-   int gives 0 or -errno, and edm_pf_error says which slot (UINT64_MAX: none in particular). */
+   int gives 0 or -errno (-EBADF: pf is NULL), and edm_pf_error says which slot (UINT64_MAX: none in particular). */
 struct edm_pf;
 struct edm_pf_error {
     int32_t error;

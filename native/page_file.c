@@ -53,6 +53,8 @@ void edm_pf_error(const struct edm_pf *pf, struct edm_pf_error *out) { *out = pf
 // ---- free slots
 
 int edm_pf_live(struct edm_pf *pf, const uint64_t *slots, size_t n) {
+    if (!pf)
+        return -EBADF;
     for (size_t i = 0; i < n; i++) {
         uint64_t number = slots[i] / pf->segment_pages;
         struct pf_segment *segment = pf_segment_of(pf, number);
@@ -176,10 +178,10 @@ static size_t run(const struct edm_pf *pf, const uint64_t *slots, size_t n) {
 
 int edm_pf_put(struct edm_pf *pf, const void *pages, const uint32_t *sums, size_t n, uint64_t *slots) {
     const uint8_t *from = pages;
-    int failed = take(pf, slots, n);
+    int failed = pf ? take(pf, slots, n) : -EBADF;
 
     if (failed)
-        return pf_failed(pf, failed, UINT64_MAX);
+        return pf ? pf_failed(pf, failed, UINT64_MAX) : failed;
     for (size_t i = 0, length; i < n; i += length) {
         struct pf_segment *segment = pf_segment_of(pf, slots[i] / pf->segment_pages);
         uint32_t first = (uint32_t)(slots[i] % pf->segment_pages);
@@ -200,6 +202,8 @@ int edm_pf_put(struct edm_pf *pf, const void *pages, const uint32_t *sums, size_
 int edm_pf_get(struct edm_pf *pf, const uint64_t *slots, size_t n, void *into) {
     uint8_t *to = into;
 
+    if (!pf)
+        return -EBADF;
     for (size_t i = 0, length; i < n; i += length) {
         struct pf_segment *segment = pf_segment_of(pf, slots[i] / pf->segment_pages);
         uint32_t first = (uint32_t)(slots[i] % pf->segment_pages);
@@ -220,6 +224,8 @@ int edm_pf_get(struct edm_pf *pf, const uint64_t *slots, size_t n, void *into) {
 }
 
 void edm_pf_release(struct edm_pf *pf, const uint64_t *slots, size_t n) {
+    if (!pf)
+        return;
     give_back(pf, slots, n);
     for (size_t i = 0; i < n; i++) {
         struct pf_segment *segment = pf_segment_of(pf, slots[i] / pf->segment_pages);
@@ -268,6 +274,8 @@ static int sync_segment(struct edm_pf *pf, struct pf_segment *segment) {
 }
 
 int edm_pf_sync(struct edm_pf *pf) {
+    if (!pf)
+        return -EBADF;
     for (size_t i = 0; i < pf->count; i++) {
         struct pf_segment *segment = pf->segments[i];
         int failed = segment && segment->dirty && segment->fd >= 0 ? sync_segment(pf, segment) : 0;
@@ -284,6 +292,9 @@ int edm_pf_sync(struct edm_pf *pf) {
 }
 
 void edm_pf_stat(const struct edm_pf *pf, struct edm_pf_figures *out) {
+    *out = (struct edm_pf_figures){0};
+    if (!pf)
+        return;
     *out = (struct edm_pf_figures){.pages = pf->used_pages, .limit_pages = pf->limit_pages};
     for (size_t i = 0; i < pf->count; i++) {
         const struct pf_segment *segment = pf->segments[i];

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from edm._native import ffi, lib
-from edm.types import PAGE_REF, SptRows
+from edm.types import PAGE_BYTES, PAGE_REF, SptRows
 
 if TYPE_CHECKING:
     from edm.types import PageRefs, Slots
@@ -27,6 +27,13 @@ def refs_at(refs: PageRefs) -> Any:
 def words_at(words: Any) -> Any:
     """The C pointer to a uint64 array."""
     return ffi.from_buffer("uint64_t[]", words)
+
+
+def page_checksums(pages: Any) -> Any:
+    """The CRC-32C of each page in a buffer: an array of uint32."""
+    checksums = np.empty(len(pages) // PAGE_BYTES, np.uint32)
+    lib.edm_crc32c_pages(ffi.from_buffer(pages), len(checksums), ffi.from_buffer("uint32_t[]", checksums))
+    return checksums
 
 
 class PageTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edm.testing.stores import PageStoreContract, SptStoreContract
 from edm.testing.transport import TransportContract
 
-__all__ = ["TransportContract"]
+__all__ = ["PageStoreContract", "SptStoreContract", "TransportContract"]

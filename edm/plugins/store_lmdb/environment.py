@@ -46,6 +46,7 @@ class Environment:
         self._flags = {"sync": sync != "none", "metasync": sync == "always"}
         try:
             self._open_map(min(map_bytes, self._limit_bytes))
+            self._turns = self.table("turns", integer_key=False)
         except BaseException:
             self._directory.close(clean=False)
             raise
@@ -103,6 +104,11 @@ class Environment:
                 self._env.set_mapsize(min(2 * size, most))
             except lmdb.Error as error:
                 raise self._failed(error) from None
+
+    def turn(self) -> None:
+        """Let what was deleted be used: LMDB gives a transaction's free pages to the next but one."""
+        for _ in range(2):
+            self.write(lambda transaction: transaction.put(b"turn", b"", db=self._turns), may_fill=False)
 
     def flush(self) -> None:
         """To the disk, whatever the policy."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from edm._native import ffi, lib
-from edm.errors import Corrupt
+from edm.dms.table import page_checksums
+from edm.errors import Corrupt, StoreFull
 from edm.types import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -58,7 +58,14 @@ class LmdbPages:
             parts = (packed[at : at + size] for at in range(0, len(packed), size))
             self._append(transaction, self._tails, zip(keys, parts, strict=True))
 
-        self._environment.write(work, may_fill=True)
+        try:
+            self._environment.write(work, may_fill=True)
+        except StoreFull:
+            if not self._to_free:
+                raise
+            self._delete_now()
+            self._environment.turn()
+            self._environment.write(work, may_fill=True)
         self._freed()
         self._next_slot += len(rows)
         self._pages += len(rows)
@@ -85,8 +92,7 @@ class LmdbPages:
                 checksums[i] = int.from_bytes(tail[_TAIL_BYTES : _TAIL_BYTES + 4], "little")
 
         self._environment.read(work)
-        found = np.empty(len(slots), np.uint32)
-        lib.edm_crc32c_pages(ffi.from_buffer(into), len(slots), ffi.from_buffer("uint32_t[]", found))
+        found = page_checksums(into)
         if not np.array_equal(found, checksums):
             slot = int(slots[np.flatnonzero(found != checksums)[0]])
             raise Corrupt(f"{self._environment.path}: slot {slot}: its checksum does not match")

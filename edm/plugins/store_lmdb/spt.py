@@ -84,6 +84,8 @@ class LmdbSpt(PageTable):
         if region != into:
             refs, slots = self.pages(into)
             self._pending.append(_Changes([(into, 0, 1 << 64)], refs, slots, [("region", into, 0)]))
+        else:
+            self._pending.append(_Changes(named=[("region", into, 0)]))
         return gone
 
     def move(self, region: int, start: int, to: int, count: int) -> Slots:

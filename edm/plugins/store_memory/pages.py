@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from edm._native import ffi, lib
+from edm.dms.table import page_checksums
 from edm.errors import Corrupt, StoreFull
 from edm.types import PAGE_BYTES
 
@@ -72,8 +72,7 @@ class MemoryPages:
                 raise Corrupt(f"memory store: {self._missing(slots)}")
             rows[part] = slab.pages[offsets]
             sums[part] = slab.checksums[offsets]
-        found = np.empty(len(slots), np.uint32)
-        lib.edm_crc32c_pages(ffi.from_buffer(into), len(slots), ffi.from_buffer("uint32_t[]", found))
+        found = page_checksums(into)
         if not np.array_equal(sums, found):
             raise Corrupt(
                 f"memory store: slot {int(slots[np.flatnonzero(sums != found)[0]])}: its checksum does not match"

@@ -1,0 +1,157 @@
+"""The command `edm store`: look into a store's directory while no server has it open."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edm.errors import UsageError
+from edm.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edm.stores.offline import OfflineStore
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_DIRECTORY = click.argument("directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+
+
+def _open(directory: Path) -> OfflineStore:
+    from edm.stores.offline import OfflineStore  # noqa: PLC0415
+
+    return OfflineStore(directory)
+
+
+@click.group()
+def command() -> None:
+    """Look into a memory server's store: DIR is what was given to 'edm dms --path', or the store in it.
+
+    No server may have it open.
+    """
+
+
+@command.command()
+@_DIRECTORY
+@_JSON
+def stat(directory: Path, as_json: bool) -> None:
+    """Show how much is in a store, and the room it takes."""
+    with _open(directory) as store:
+        figures = store.stat()
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+        return
+    for part, values in figures.items():
+        if isinstance(values, dict):
+            _print_table(part, ["", ""], [[key, _figure(key, value)] for key, value in values.items()])
+        else:
+            click.echo(f"{part}: {values}")
+
+
+@command.command(name="list")
+@_DIRECTORY
+@_JSON
+def list_regions(directory: Path, as_json: bool) -> None:
+    """List instances, their regions, and how many pages each has."""
+    with _open(directory) as store:
+        regions = store.regions()
+    if as_json:
+        click.echo(json.dumps(regions, indent=2))
+        return
+    rows = [[str(r["instance"]), f"{r['region']:#x}", str(r["pages"]), format_size(r["bytes"])] for r in regions]
+    _print_table("regions", ["instance", "region", "pages", "size"], rows)
+
+
+@command.command()
+@_DIRECTORY
+@_JSON
+def verify(directory: Path, as_json: bool) -> int:
+    """Read and check every page; exit 1 with the list of what is damaged."""
+    with _open(directory) as store, _Progress("checking", store.page_count) as progress:
+        damaged = store.verify(progress.advance)
+        pages = store.page_count
+    if as_json:
+        click.echo(json.dumps({"pages": pages, "damaged": damaged}, indent=2))
+    elif damaged:
+        rows = [[d["page"], d["file"], d["reason"]] for d in damaged]
+        _print_table(f"{len(damaged)} damaged of {pages} pages", ["page", "file", "reason"], rows)
+    else:
+        click.echo(f"{pages} pages, all as they were stored")
+    return 1 if damaged else 0
+
+
+@command.command()
+@_DIRECTORY
+@_JSON
+def gc(directory: Path, as_json: bool) -> None:
+    """Give the disk back what the store does not need: compact the SPT, free unused room."""
+    with _open(directory) as store:
+        figures = store.collect()
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+    else:
+        click.echo(f"{format_size(figures['before_bytes'])} before, {format_size(figures['after_bytes'])} after")
+
+
+@command.command()
+@_DIRECTORY
+@click.argument("region", type=lambda text: _region(text))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file to write."
+)
+def export(directory: Path, region: int, output: Path) -> int:
+    """Write a region's pages to a sparse file: page n at byte n * 4096 after the region's first page.
+
+    Beside it, OUTPUT.json says which pages there are. A damaged page is left out, and named; then the status is 1.
+    """
+    with _open(directory) as store, _Progress("exporting", store.pages_of(region)) as progress:
+        damaged = store.export(region, output, progress.advance)
+    for entry in damaged:
+        click.echo(f"edm: left out page {entry['page']}: {entry['reason']} ({entry['file']})", err=True)
+    return 1 if damaged else 0
+
+
+def _region(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise UsageError(f"'{text}' is not a region: use a number as 'edm store list' shows it") from None
+
+
+def _figure(key: str, value: Any) -> str:
+    return format_size(value) if key.endswith("bytes") and isinstance(value, int) else str(value)
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+class _Progress:
+    """A bar on standard error, where that is a terminal."""
+
+    def __init__(self, what: str, total: int) -> None:
+        from rich.console import Console  # noqa: PLC0415
+        from rich.progress import Progress  # noqa: PLC0415
+
+        self._bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+        self._task = self._bar.add_task(what, total=total)
+        self.advance: Callable[[int], None] = lambda pages: self._bar.advance(self._task, pages)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

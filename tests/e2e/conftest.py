@@ -34,17 +34,17 @@ class Ran:
     err: str
 
 
-def edm_processes():
-    """Pids of processes with one of EDM's titles, sidecars included."""
+def edm_processes(mark):
+    """Pid → title of the processes of EDM, sidecars included, whose environment holds `mark`."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             title = (entry / "comm").read_text().strip()
             line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            ours = mark in (entry / "environ").read_bytes()
         except OSError:
             continue
-        if (title.startswith("edm: ") or line.startswith("edm: ")) and state != "Z":
+        if ours and (title.startswith("edm: ") or line.startswith("edm: ")):
             found[int(entry.name)] = line if line.startswith("edm: ") else title
     return found
 
@@ -60,14 +60,17 @@ class Edm:
             path.mkdir()
         self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(self.sockets), "TMPDIR": str(self.files)}
         self.environment.pop("LD_PRELOAD", None)
-        self._before = set(edm_processes())
+        self._mark = f"XDG_RUNTIME_DIR={self.sockets}".encode()
         self._started = []
 
     def start(self, *arguments, **keywords):
         """Start `edm ARGUMENTS` in a session of its own."""
         keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.environment, **keywords}
         process = subprocess.Popen(
-            [sys.executable, "-m", "edm", *map(str, arguments)], stdin=subprocess.DEVNULL, start_new_session=True, **keywords
+            [sys.executable, "-m", "edm", *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **keywords,
         )
         self._started.append(process)
         return process
@@ -91,7 +94,7 @@ class Edm:
         """Processes and files of ours that are still there; empty if all is tidy within the time."""
         end = time.monotonic() + within_s
         while True:
-            processes = {pid: title for pid, title in edm_processes().items() if pid not in self._before}
+            processes = edm_processes(self._mark)
             files = [str(path) for base in (self.sockets, self.files) for path in base.iterdir()]
             if (not processes and not files) or time.monotonic() > end:
                 return processes, files
@@ -112,9 +115,8 @@ class Edm:
             for stream in (process.stdout, process.stderr):
                 if stream:
                     stream.close()
-        for pid in edm_processes():
-            if pid not in self._before:
-                os.kill(pid, signal.SIGKILL)
+        for pid in edm_processes(self._mark):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -133,9 +135,7 @@ def program(tmp_path_factory):
         target = directory / name
         if not target.exists():
             compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-            subprocess.run(
-                [compiler, "-O2", "-pthread", "-o", target, PROGRAMS / f"{name}.c"], check=True, timeout=60
-            )
+            subprocess.run([compiler, "-O2", "-pthread", "-o", target, PROGRAMS / f"{name}.c"], check=True, timeout=60)
         return target
 
     return build

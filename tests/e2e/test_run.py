@@ -70,7 +70,8 @@ print(len(words), hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="no sqlite3 here")
 def test_sqlite_is_the_same(edm, tmp_path):
     sql = """create table t(a, b);
-with recursive c(x) as (select 1 union all select x + 1 from c where x < 100000) insert into t select x, hex(x * 7919) from c;
+with recursive c(x) as (select 1 union all select x + 1 from c where x < 100000)
+insert into t select x, hex(x * 7919) from c;
 create index i on t(b); select count(*), sum(a), max(b) from t where b like '3%'; select b from t order by b limit 5;"""
     command = ("sqlite3", ":memory:", sql)
     ran = edm.run("--local-memory", "4M", "--report", tmp_path / "r.json", "--", *command)
@@ -167,7 +168,5 @@ def test_a_pipeline_of_captured_programs(edm):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_malloc_in_many_threads(edm, program, threads):
     command = (program("thread_malloc"), 16)
-    ran = edm.run(
-        "--transport", "inproc", "--fault-threads", threads, "--local-memory", "2M", "--", *command
-    )
+    ran = edm.run("--transport", "inproc", "--fault-threads", threads, "--local-memory", "2M", "--", *command)
     assert (ran.status, ran.out, ran.err) == (0, b"ok\n", "")

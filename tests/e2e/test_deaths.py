@@ -1,0 +1,134 @@
+"""One of a run's processes is killed: the program goes on with the right bytes, or is ended; it never reads others."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
+
+TRANSPORTS = [pytest.param("mpi", marks=pytest.mark.mpi), "inproc"]
+
+
+def descendants(root):
+    """Pid → title of every process below `root`."""
+    parent, title = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            pid, fields = int(entry.name), (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            comm = (entry / "comm").read_text().strip()
+        except OSError:
+            continue
+        parent[pid] = int(fields[1])
+        title[pid] = line if line.startswith("edm: ") else comm
+    found = {}
+    for pid in parent:
+        at = pid
+        while at and at != root:
+            at = parent.get(at, 0)
+        if at == root and pid != root:
+            found[pid] = title[pid]
+    return found
+
+
+def wait_for(root, *titles, within_s=40):
+    """Pids of the processes below `root` with these titles, once all are there."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        by_title = {title: pid for pid, title in descendants(root).items()}
+        if all(title in by_title for title in titles):
+            return [by_title[title] for title in titles]
+        time.sleep(0.02)
+    pytest.fail(f"no {titles} below {root}: {descendants(root)}")
+
+
+@pytest.fixture
+def running(edm, program):
+    """Start working_set over a transport; returns (process, command)."""
+
+    def start(transport, megabytes=16, rounds=6):
+        command = (program("working_set"), megabytes, rounds)
+        return edm.start("run", "--transport", transport, "--local-memory", "4M", "--", *command), command
+
+    return start
+
+
+def expected(command):
+    return subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_death_of_the_dm_handler_ends_the_program(edm, running, transport):
+    process, command = running(transport, rounds=60)
+    handler, program, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
+    time.sleep(0.3)
+    os.kill(handler, signal.SIGKILL)
+    out, err = process.communicate(timeout=40)
+    assert process.returncode == 70
+    assert b"DM-Handler has died" in err
+    assert expected(command).startswith(out)
+    assert not Path(f"/proc/{program}").exists()
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.mpi
+def test_death_of_the_memory_server_ends_the_program(edm, running):
+    process, command = running("mpi", rounds=60)
+    dms, _ = wait_for(process.pid, "edm: dms", "edm: sidecar")
+    time.sleep(0.3)
+    os.kill(dms, signal.SIGKILL)
+    out, err = process.communicate(timeout=40)
+    assert process.returncode == 70
+    assert b"died" in err
+    assert expected(command).startswith(out)
+    assert edm.left_behind() == ({}, [])
+
+
+def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
+    process, command = running("inproc", rounds=1)
+    (sidecar,) = wait_for(process.pid, "edm: sidecar")
+    time.sleep(0.2)
+    os.kill(sidecar, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert out == expected(command)
+    assert edm.left_behind() == ({}, [])
+
+
+def test_death_of_the_holder_changes_nothing_while_the_dm_handler_lives(edm, running):
+    process, command = running("inproc", rounds=1)
+    holder, _ = wait_for(process.pid, "edm: holder", "edm: sidecar")
+    os.kill(holder, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert out == expected(command)
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_after_the_launchers_death_the_program_goes_on(edm, running, tmp_path, transport):
+    process, command = running(transport, rounds=1)
+    wait_for(process.pid, "edm: sidecar")
+    os.kill(process.pid, signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)  # until the program closes its output
+    assert out == expected(command)
+    assert edm.left_behind(within_s=30) == ({}, [])
+
+
+def test_death_of_handler_and_launcher_ends_the_program(edm, running):
+    process, command = running("inproc", rounds=60)
+    handler, program, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGSTOP)  # it must not be there to end the program itself
+    os.kill(handler, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
+    out, _ = process.communicate(timeout=40)
+    assert expected(command).startswith(out)
+    end = time.monotonic() + 10
+    while Path(f"/proc/{program}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{program}").exists()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from edm.testing.fault_source import FaultSourceContract
 from edm.testing.stores import PageStoreContract, SptStoreContract
 from edm.testing.transport import TransportContract
 
-__all__ = ["PageStoreContract", "SptStoreContract", "TransportContract"]
+__all__ = ["FaultSourceContract", "PageStoreContract", "SptStoreContract", "TransportContract"]

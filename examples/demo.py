@@ -1,7 +1,7 @@
-"""Sort 244 MB of text with `sort`, once as it is and once by `edm run` in a quarter of the memory, and compare.
+"""Sort 124 MB of text with `sort`, once as it is and once by `edm run` in a quarter of the memory, and compare.
 
 What `make demo` runs. The input is real: the Python sources on this machine, a record of three kilobytes or so a line.
-Needs 1 GB of disk in --dir, and what `edm run` needs (userfaultfd).
+Needs 500 MB of disk in --dir, and what `edm run` needs (userfaultfd).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="244M", help="bytes to sort")
-    parser.add_argument("--local-memory", default="64M", help="what sort may keep here")
+    parser.add_argument("--size", default="124M", help="bytes to sort")
+    parser.add_argument("--local-memory", default="32M", help="what sort may keep here")
     parser.add_argument("--transport", default="mpi")
     parser.add_argument("--store", default="file")
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="where the files go")

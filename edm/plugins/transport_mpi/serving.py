@@ -27,6 +27,8 @@ MAX_UNSENT: Final = 16
 """Replies that nobody has taken yet; beyond that no new request is."""
 SEND_TESTS: Final = 10 * BURST
 """Tests of a reply on its way before turning to other requests: as long as 256 KiB take when the other side polls."""
+DRAIN_S: Final = 2.0
+"""How long a server that ends goes on answering what has arrived."""
 LOOK_S: Final = 1.0
 """How often an idle server looks whether its DM-Handlers are still there."""
 GROWTH: Final = 1.05
@@ -71,6 +73,10 @@ class MpiServing:
             self._look(now)
             time.sleep(pause_s)
             pause_s = min(pause_s * GROWTH, longest_s)
+        # What has arrived is answered still.
+        end = time.monotonic() + DRAIN_S
+        while time.monotonic() < end and (self._burst() or self._unsent):
+            """Until nothing is left."""
         self._stop_receiving()
 
     def _burst(self) -> bool:

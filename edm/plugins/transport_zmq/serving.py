@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 SILENT_S: Final = 30.0
 """A client of which nothing was heard for so long is gone; it gives a sign of life every few seconds."""
+DRAIN_S: Final = 2.0
+"""How long a server that ends goes on answering what has arrived."""
 OWNERS_FILE: Final = "clients.json"
 
 
@@ -95,18 +97,28 @@ class ZmqServing:
         self._answerer = answerer = Answerer(server, self._gate)
         had_clients = False
         while not stop.is_set() and not (self._private and had_clients and not self._seen):
-            try:
-                identity, key = self._receive_identity()
-            except zmq.Again:
-                continue
-            length = self._receive_message()
-            if length:
-                client = Client(identity[:NAME_BYTES], key)
-                reply = answerer.answer(length, client)
-                self._note(client, answerer.kind)
-                had_clients = had_clients or bool(self._seen)
-                if reply:
-                    self._reply(identity, reply)
+            self._answer_one(answerer)
+            had_clients = had_clients or bool(self._seen)
+        # What has arrived is answered still; who asks later will ask the next server.
+        self._socket.setsockopt(zmq.RCVTIMEO, 0)
+        end = time.monotonic() + DRAIN_S
+        while time.monotonic() < end and self._answer_one(answerer):
+            """Until nothing is left."""
+
+    def _answer_one(self, answerer: Answerer) -> bool:
+        """Whether there was a message within the socket's time."""
+        try:
+            identity, key = self._receive_identity()
+        except zmq.Again:
+            return False
+        length = self._receive_message()
+        if length:
+            client = Client(identity[:NAME_BYTES], key)
+            reply = answerer.answer(length, client)
+            self._note(client, answerer.kind)
+            if reply:
+                self._reply(identity, reply)
+        return True
 
     def peers(self) -> int:
         """How many clients there are, of those that were heard lately."""

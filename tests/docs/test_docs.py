@@ -116,15 +116,28 @@ def test_decision_fits_a_page_and_has_its_parts(page):
     assert f"]({page.name})" in (page.parent / "README.md").read_text()
 
 
+def worked_example(what):
+    """The code block of docs/plugins.md that holds `what`."""
+    (found,) = [code for language, code in BLOCK.findall((ROOT / "docs" / "plugins.md").read_text()) if what in code]
+    return found
+
+
 @pytest.fixture
 def zlib_plugin(install):
     """The worked example of docs/plugins.md, installed as it says."""
-    text = (ROOT / "docs" / "plugins.md").read_text()
-    found = [code for language, code in BLOCK.findall(text) if language == "python" and "class ZlibStore" in code]
-    (project,) = [tomllib.loads(code) for language, code in BLOCK.findall(text) if language == "toml"]
-    ((entry_point, module),) = project["project"]["entry-points"]["edm"].items()
-    install(project["project"]["name"], module, found[0], entry_point=entry_point)
+    project = tomllib.loads(worked_example("[project]"))["project"]
+    ((entry_point, module),) = project["entry-points"]["edm"].items()
+    install(project["name"], module, worked_example("class ZlibStore"), entry_point=entry_point)
     return Registry().page_store("zlib")
+
+
+_NAMES = {"__name__": __name__}
+exec(compile(worked_example("class TestZlib"), "docs/plugins.md", "exec"), _NAMES)
+
+
+@pytest.mark.usefixtures("zlib_plugin")
+class TestWorkedExample(_NAMES["TestZlib"]):
+    """The contract, as the example subclasses it."""
 
 
 def test_worked_example_keeps_pages(zlib_plugin):

@@ -61,7 +61,7 @@ for i in range(0, 60000, 3):
 print(len(words), hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest())
 """
     command = (shutil.which("python3"), "-c", code)
-    ran = edm.run("--transport", "inproc", "--local-memory", "8M", "--report", tmp_path / "r.json", "--", *command)
+    ran = edm.run("--transport", "inproc", "--local-memory", "14M", "--report", tmp_path / "r.json", "--", *command)
     assert (ran.status, ran.err) == (0, "")
     assert ran.out == plain(*command)
     assert report_of(tmp_path / "r.json")["counters"]["evictions"] > 1000

@@ -154,6 +154,7 @@ class FileSpt(PageTable):
         # Kept until they are written: a commit that fails is made good by the next.
         self._journal.append(b"".join(self._changes), flags)
         self._changes.clear()
+        self._sealed = False
         self._frames_since_compaction += 1
 
     def _seal(self) -> None:

@@ -57,6 +57,7 @@ class Engine:
                 "sweep_us": int(settings.sweep_ms * 1000),
                 "track_writes": settings.track_writes,
                 "ask": settings.ask,
+                "record_pfn": settings.record_pfn,
                 "follow": not settings.cpus,
             },
         )
@@ -128,6 +129,14 @@ class Engine:
         """Processes captured and alive."""
         out = ffi.new("int32_t[]", MAX_PIDS)
         return list(out[0 : lib.edm_engine_pids(self.native, out, MAX_PIDS)])
+
+    def page_state(self, pid: int, page: int) -> dict[str, int]:
+        """What the LSPT says of page number `page` of process `pid`: state, clean, version, pfn."""
+        out = ffi.new("struct edm_page_state *")
+        result = lib.edm_engine_page(self.native, pid, page, out)
+        if result:
+            raise NativeError(-result, f"page of process {pid}")
+        return {name: getattr(out, name) for name, _ in ffi.typeof("struct edm_page_state").fields}
 
     def stop(self) -> None:
         """End all polls; the outbox still hands out what is queued."""

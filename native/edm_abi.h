@@ -32,7 +32,7 @@ struct edm_engine_config {
     uint32_t spin_us;          /* a fault worker spins this long before it sleeps */
     uint8_t track_writes;      /* write-protect pages restored by a read; clean ones are dropped without a write */
     uint8_t ask;               /* ask the DMS for pages known to be new as well */
-    uint8_t record_pfn;        /* note each page's pfn at once, not only when it is looked at anyway */
+    uint8_t record_pfn;        /* note each resident page's frame number, where this process may read it */
     uint8_t follow;            /* fault workers move to the CPU of the thread that faults: waking across CPUs is dear */
 };
 
@@ -88,6 +88,23 @@ void edm_engine_counters(struct edm_engine *engine, struct edm_counters *out);
 const char *edm_engine_error(struct edm_engine *engine);
 /* The pids of captured processes that live, at most max; returns how many. */
 int edm_engine_pids(struct edm_engine *engine, int32_t *out, int max);
+
+/* What the LSPT says of a page: where it is, its version at the DMS, and, of a resident one, its frame number (0: not
+   known; reading it needs CAP_SYS_ADMIN). */
+#define EDM_PAGE_NEW 0
+#define EDM_PAGE_RESIDENT 1
+#define EDM_PAGE_FETCHING 2
+#define EDM_PAGE_EVICTING 3
+#define EDM_PAGE_STAGED 4
+#define EDM_PAGE_REMOTE 5
+struct edm_page_state {
+    uint32_t state;
+    uint32_t clean; /* resident, and the DMS has exactly these bytes */
+    uint64_t version;
+    uint64_t pfn;
+};
+/* 0, or -ESRCH: no captured process has that pid. `page` is address / 4096. */
+int edm_engine_page(struct edm_engine *engine, int32_t pid, uint64_t page, struct edm_page_state *out);
 
 /* A fault worker's buffers: 64 refs and 64 pages. */
 struct edm_page_ref *edm_worker_refs(struct edm_engine *engine, int worker);

@@ -26,12 +26,12 @@
 // ---- LSPT -----------------------------------------------------------------------------------------------------
 
 enum page_state {
-    PS_NEW = 0,   // nothing stored anywhere: resolve with zeros
-    PS_RESIDENT,  // in the app
-    PS_FETCHING,  // asked from the DMS; `where` is the fetch slot
-    PS_EVICTING,  // being moved to staging by the LPET
-    PS_STAGED,    // only copy in the write-back buffer; `where` is the outbox item
-    PS_REMOTE,    // acknowledged by the DMS; version and checksum say what must come back
+    PS_NEW = EDM_PAGE_NEW,  // nothing stored anywhere: resolve with zeros
+    PS_RESIDENT,            // in the app; `where` is its frame number, 0 if not known
+    PS_FETCHING,            // asked from the DMS; `where` is the fetch slot
+    PS_EVICTING,            // being moved to staging by the LPET
+    PS_STAGED,              // only copy in the write-back buffer; `where` is the outbox item
+    PS_REMOTE,              // acknowledged by the DMS; version and checksum say what must come back
 };
 
 enum page_flag {
@@ -138,6 +138,7 @@ struct source_ops {
     int (*poison)(struct space *s, uint64_t page);
     int (*move_out)(struct space *s, struct move_batch *b);
     void (*drop_out)(struct space *s, struct move_batch *b);
+    uint64_t (*pfn)(struct space *s, uint64_t page);  // 0: may not be read; the call may be NULL
     int (*forked)(struct space *child, const struct uffd_msg *msg);
     bool (*gone)(struct space *s);
     void (*retire)(struct space *s);
@@ -293,6 +294,8 @@ void space_retire(struct space *s);
 void space_unref(struct space *s);
 void space_wait_idle(struct space *s);
 void entry_resident(struct space *s, struct leaf *l, struct lspt_entry *e, uint64_t page);
+// [14] … and it has just come: note its frame number as well.
+void entry_arrived(struct space *s, struct leaf *l, struct lspt_entry *e, uint64_t page);
 void entry_leave(struct leaf *l, struct lspt_entry *e);  // no longer resident, state set by the caller
 // Forget pages [a, b): what is stored of them is dropped at the DMS.
 void space_forget(struct space *s, uint64_t a, uint64_t b);

@@ -28,7 +28,7 @@ static void installed(struct edm_engine *g, struct space *s, uint64_t page, uint
     struct leaf *l = lspt_leaf_make(&s->lspt, s, page);
     struct lspt_entry *e = &l->e[page % LEAF_PAGES];
     e->flags = flags;
-    entry_resident(s, l, e, page);
+    entry_arrived(s, l, e, page);
     remember_recent(g, s, page);
     over_high(g);
 }

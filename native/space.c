@@ -71,6 +71,33 @@ void entry_resident(struct space *s, struct leaf *l, struct lspt_entry *e, uint6
     leaf_touch(g, l);
 }
 
+void entry_arrived(struct space *s, struct leaf *l, struct lspt_entry *e, uint64_t page) {
+    entry_resident(s, l, e, page);
+    if (s->engine->cfg.record_pfn && s->ops->pfn)
+        e->where = s->ops->pfn(s, page) & ((1ull << 40) - 1);
+}
+
+int edm_engine_page(struct edm_engine *g, int32_t pid, uint64_t page, struct edm_page_state *out) {
+    int result = -ESRCH;
+    pthread_mutex_lock(&g->mu);
+    for (uint32_t i = 0; i < g->nspaces && result; i++) {
+        struct space *s = g->space[i];
+        if (s->dead || s->pid != pid)
+            continue;
+        struct lspt_entry *e = lspt_entry(&s->lspt, page);
+        *out = (struct edm_page_state){0};
+        if (e) {
+            out->state = e->state;
+            out->clean = (e->flags & PF_CLEAN) != 0;
+            out->version = entry_version(e);
+            out->pfn = e->state == PS_RESIDENT ? e->where : 0;
+        }
+        result = 0;
+    }
+    pthread_mutex_unlock(&g->mu);
+    return result;
+}
+
 void entry_leave(struct leaf *l, struct lspt_entry *e) {
     uint64_t bit = 1ull << (e - l->e);
     if (!(l->resident & bit))

@@ -108,7 +108,7 @@ static void join_page(struct space *s, uint64_t page) {
     if (e->state != PS_NEW)
         return;
     uint8_t flags = e->flags;
-    entry_resident(s, l, e, page);
+    entry_arrived(s, l, e, page);
     e->flags = flags & PF_STORED;
     s->engine->count.joined++;
 }

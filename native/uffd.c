@@ -104,6 +104,14 @@ static int poison(struct space *s, uint64_t page) {
     return ioctl(s->uffd, UFFDIO_POISON, &p) ? -errno : 0;
 }
 
+// Source: Documentation/admin-guide/mm/pagemap.rst: bits 0-54, zero without CAP_SYS_ADMIN.
+static uint64_t pfn(struct space *s, uint64_t page) {
+    uint64_t entry = 0;
+    if (s->pagemap_fd < 0 || pread(s->pagemap_fd, &entry, sizeof entry, (off_t)(page * sizeof entry)) != sizeof entry)
+        return 0;
+    return entry >> 63 ? entry & ((1ull << 55) - 1) : 0;
+}
+
 static int forked(struct space *child, const struct uffd_msg *m) {
     child->uffd = (int)m->arg.fork.ufd;
     child->anchor = child->parent->anchor;
@@ -141,6 +149,7 @@ const struct source_ops uffd_ops = {.read = read_messages,
                                     .poison = poison,
                                     .move_out = sidecar_move_out,
                                     .drop_out = sidecar_drop_out,
+                                    .pfn = pfn,
                                     .forked = forked,
                                     .gone = gone,
                                     .retire = retire};

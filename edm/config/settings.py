@@ -61,6 +61,7 @@ class Config:
     keep: bool = _setting(False, values.flag, "keep the run's directory afterwards, and name it")
     track_writes: bool = _setting(True, values.flag, "know which pages are clean, and drop those without a write")
     ask: bool = _setting(False, values.flag, "ask the DMS also for pages known to be new")
+    record_pfn: bool = _setting(True, values.flag, "note each page's frame number in the LSPT, where it may be read")
     cpus: str = _setting("auto", values.cpus, "CPUs of the fault threads: auto, or a list as 0,2-3", "CPUS")
 
     options: Options = attrs.field(factory=dict)
@@ -91,6 +92,7 @@ class Config:
             patience_s=self.patience_s,
             track_writes=self.track_writes,
             ask=self.ask,
+            record_pfn=self.record_pfn,
             cpus=values.cpu_numbers(self.cpus),
         )
 
@@ -137,6 +139,7 @@ class HandlerSettings:
     patience_s: float = 60.0
     track_writes: bool = True
     ask: bool = False
+    record_pfn: bool = True
     cpus: tuple[int, ...] = ()
 
 

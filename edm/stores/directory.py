@@ -26,7 +26,8 @@ class StoreDirectory:
     """One store's own directory, locked for as long as this object is open.
 
     name, version: what FORMAT must say; figures: numbers that are fixed when the store is made, e.g. a segment's size.
-    lost_power: since it was last open the machine went down with the store open, so what was not synced may be gone.
+    was_clean: whoever had it open last closed it. lost_power: the machine went down while it was open, so what was not
+    synced may be gone.
     """
 
     def __init__(self, path: Path, name: str, version: int, figures: Mapping[str, int] | None = None) -> None:
@@ -35,6 +36,7 @@ class StoreDirectory:
         self._lock = _lock(path)
         try:
             last = os.pread(self._lock, 256, 0).decode(errors="replace").split()
+            self.was_clean = bool(last) and last[-1] == _CLEAN
             self.lost_power = bool(last) and last[-1] not in {_CLEAN, _boot()}
             self._write(_boot())
             self.figures = self._check_format(name, version, dict(figures or {}))

@@ -60,12 +60,16 @@ def whole_table(table: PageTable) -> Iterator[bytes]:
 
 @attrs.frozen
 class Replayed:
-    """What was read: up to which byte, how many frames, the chain's last value, and bytes behind that were not used."""
+    """What was read: up to which byte, how many frames, the chain's last value, and bytes behind that were not used.
+
+    damaged: what stands behind is no frame that was cut short while it was written, but one that has changed since.
+    """
 
     end: int
     frames: int
     chain: int
     left_bytes: int
+    damaged: bool = False
 
 
 def replay(table: PageTable, path: Path, *, only_sealed: bool) -> Replayed:
@@ -89,7 +93,19 @@ def replay(table: PageTable, path: Path, *, only_sealed: bool) -> Replayed:
                 else:
                     state = ffi.new("struct edm_spt_replayed *")
             end = _replay(table.native, start, size, state, path)
-            return Replayed(end, int(state.frames), int(state.chain), size - end)
+            damaged = _changed_since(data[end : end + _HEADER.size], int(state.chain), size - end)
+            return Replayed(end, int(state.frames), int(state.chain), size - end, damaged)
+
+
+def _changed_since(head: bytes, chain: int, left_bytes: int) -> bool:
+    """Whether a frame that does not check out was ever whole: a write that is cut short leaves the start of a frame."""
+    if len(head) < _HEADER.size:
+        return False
+    *fields, found = _HEADER.unpack(head)
+    before = _CHAIN.pack(*fields, chain)
+    if lib.edm_crc32c(ffi.from_buffer(before), len(before)) != found:
+        return True
+    return left_bytes >= _HEADER.size + int(fields[3])
 
 
 def _replay(table: Any, start: Any, size: int, state: Any, path: Path) -> int:
@@ -118,6 +134,7 @@ class JournalWriter:
         self._write = write
         self._sync = sync
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.cut()
 
     def append(self, changes: bytes, flags: int) -> None:
         """Write one frame; raises `StoreFull` or `StoreError`, and the next try overwrites what was torn."""
@@ -129,6 +146,7 @@ class JournalWriter:
         try:
             self._write_whole(frame)
         except OSError as error:
+            self.cut()
             raise _failed("writing", self.path, error) from None
         self.end += len(frame)
         self._frames += 1
@@ -140,6 +158,13 @@ class JournalWriter:
             self._sync(self._fd)
         except OSError as error:
             raise _failed("syncing", self.path, error) from None
+
+    def cut(self) -> None:
+        """Cut off what a write that failed has left; raises `StoreError`."""
+        try:
+            os.ftruncate(self._fd, self.end)
+        except OSError as error:
+            raise _failed("shortening", self.path, error) from None
 
     def close(self) -> None:
         """Close the file."""

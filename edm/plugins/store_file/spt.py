@@ -192,6 +192,9 @@ class FileSpt(PageTable):
             at = replay(self, found[-1], only_sealed=self._directory.lost_power)
             if not at.frames and at.left_bytes:
                 raise Corrupt(f"{found[-1]}: damaged in its first frame: the page table cannot be read")
+            # Only a loss of power, or a death in the middle of a write, leaves a journal that ends in a broken frame.
+            if at.left_bytes and not self._directory.lost_power and (at.damaged or self._directory.was_clean):
+                raise Corrupt(f"{found[-1]}: damaged at byte {at.end}: the page table cannot be read")
             for older in found[:-1]:
                 older.unlink()
         self._torn_bytes = at.left_bytes

@@ -1,0 +1,104 @@
+"""`edm store`: what is in a store's directory."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from edm.cli.store import command
+from edm.dms.server import MemoryServer
+from edm.errors import StoreLocked, UsageError
+from edm.testing.pages import batch_of
+from edm.testing.stores import open_store
+from edm.types import PAGE_BYTES
+
+REGION = (3 << 32) + 5
+
+
+@pytest.fixture(params=[("file", "file"), ("lmdb", "lmdb"), ("file", "lmdb"), ("lmdb", "file")], ids="-".join)
+def store(request, tmp_path):
+    """A store with 30 pages in three gaps, as `edm dms --path` leaves it; its pages by number."""
+    spt, pages = request.param
+    path = tmp_path / "store"
+    path.mkdir()
+    server = MemoryServer(open_store("spt_store", spt, path, {}), open_store("page_store", pages, path, {}))
+    indices = [*range(100, 110), *range(120, 130), *range(500, 510)]
+    refs, data = batch_of(REGION, indices, 1)
+    assert server.evict(3, refs, memoryview(data)) == ""
+    server.close()
+    return tmp_path, {index: bytes(data[i * PAGE_BYTES : (i + 1) * PAGE_BYTES]) for i, index in enumerate(indices)}
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False)
+
+
+def test_list_shows_each_region(store):
+    path, _ = store
+    (region,) = json.loads(run("list", "--json", path).stdout)
+    assert region == {"instance": 3, "region": REGION, "pages": 30, "bytes": 30 * PAGE_BYTES}
+    assert hex(REGION) in run("list", path).stdout
+
+
+def test_stat_counts_pages(store):
+    path, _ = store
+    figures = json.loads(run("stat", "--json", path).stdout)
+    assert [part["pages"] for part in figures.values() if isinstance(part, dict)] == [30, 30]
+    assert "page table" in run("stat", path / "store").stdout
+
+
+def test_verify_of_a_sound_store(store):
+    path, _ = store
+    result = run("verify", path)
+    assert result.return_value == 0
+    assert "30 pages, all as they were stored" in result.stdout
+
+
+def test_export_writes_the_pages_and_what_they_are(store, tmp_path):
+    path, pages = store
+    output = tmp_path / "out.bin"
+    assert run("export", path, hex(REGION), "-o", output).return_value == 0
+    about = json.loads((tmp_path / "out.bin.json").read_text())
+    assert about["pages"] == [[100, 10], [120, 10], [500, 10]]
+    data = output.read_bytes()
+    for index, page in pages.items():
+        assert data[(index - 100) * PAGE_BYTES : (index - 99) * PAGE_BYTES] == page
+    assert len(data) == 410 * PAGE_BYTES
+
+
+def test_gc_keeps_every_page_and_gives_room_back(tmp_path):
+    server = MemoryServer(open_store("spt_store", "file", tmp_path, {}), open_store("page_store", "file", tmp_path, {}))
+    refs, data = batch_of(1 << 32, range(512), 1)
+    for version in range(1, 5):
+        refs["version"] = version
+        assert server.evict(1, refs, memoryview(data)) == ""
+    server.control(1, {"op": "drop_pages", "ranges": [[1 << 32, 1, 511]], "sequence": 1})
+    server.close()
+    figures = json.loads(run("gc", "--json", tmp_path).stdout)
+    assert figures["before_bytes"] > 4 * 512 * PAGE_BYTES
+    assert figures["after_bytes"] < 700_000
+    assert run("verify", tmp_path).return_value == 0
+    assert np.sum([r["pages"] for r in json.loads(run("list", "--json", tmp_path).stdout)]) == 1
+
+
+def test_directory_without_a_store_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="holds no store"):
+        run("stat", tmp_path)
+
+
+def test_unknown_region_is_one_line(store, tmp_path):
+    path, _ = store
+    with pytest.raises(UsageError, match="has no region 0x7"):
+        run("export", path, "7", "-o", tmp_path / "x")
+
+
+def test_store_in_use_names_directory_and_process(tmp_path):
+    open_store("spt_store", "file", tmp_path, {}).close()
+    spt = open_store("spt_store", "file", tmp_path, {})
+    open_store("page_store", "file", tmp_path, {}).close()
+    import os  # noqa: PLC0415
+
+    with pytest.raises(StoreLocked, match=rf"{tmp_path}/spt is in use by process {os.getpid()}"):
+        run("stat", tmp_path)
+    spt.close()

@@ -34,7 +34,7 @@ static void gaps_agree(const struct ranges *r, const bool *model) {
 }
 
 static void ranges_match_a_bitmap(void) {
-    for (int round = 0; round < 100; round++) {
+    for (int round = 0; round < 50; round++) {
         struct ranges r = {0};
         bool model[SPAN] = {0};
         for (int k = 0; k < 60; k++) {
@@ -105,7 +105,7 @@ static void walk_agrees(const struct lspt *t, const struct model_page *model, ui
 }
 
 static void lspt_matches_a_list(void) {
-    for (int round = 0; round < 30; round++) {
+    for (int round = 0; round < 15; round++) {
         struct lspt *t = xcalloc(1, sizeof *t);
         struct model_page model[FEW];
         uint32_t n = 0;

@@ -232,6 +232,9 @@ void edm_pf_release(struct edm_pf *pf, const uint64_t *slots, size_t n) {
         if (segment && !segment->used_pages && segment != pf->current)
             pf_segment_remove(pf, segment);
     }
+    // Most of what lies behind is free again: slots whose blocks, and pages in the kernel's cache, are there already.
+    if (pf->current && pf->cursor / 2 > pf->current->used_pages + 64)
+        pf->cursor = 0;
     // Room is given back to the file system when there is much of it: taking it anew costs, too.
     if (!pf->no_punch && pf->free_with_blocks > pf->used_pages / 4 + pf->segment_pages / 4)
         edm_pf_trim(pf, PUNCH_LEAST_PAGES);  // where it fails, the blocks stay ours

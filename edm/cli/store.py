@@ -14,6 +14,7 @@ from edm.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from edm.stores.offline import OfflineStore
 
@@ -99,7 +100,7 @@ def gc(directory: Path, as_json: bool) -> None:
 
 @command.command()
 @_DIRECTORY
-@click.argument("region", type=lambda text: _region(text))
+@click.argument("region", callback=lambda _context, _parameter, text: _region(text))
 @click.option(
     "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file to write."
 )
@@ -149,7 +150,7 @@ class _Progress:
         self._task = self._bar.add_task(what, total=total)
         self.advance: Callable[[int], None] = lambda pages: self._bar.advance(self._task, pages)
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 

@@ -20,6 +20,7 @@ from edm.types import PAGE_BYTES, PageId, RunContext
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+    from typing import Self
 
     from edm.interfaces import PageStore, SptStore
     from edm.types import PageRefs, Slots
@@ -51,7 +52,7 @@ class OfflineStore:
             self._opened = opened.pop_all()
         self.halves = halves
 
-    def __enter__(self) -> OfflineStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -97,7 +97,7 @@ def test_store_in_use_names_directory_and_process(tmp_path):
     open_store("spt_store", "file", tmp_path, {}).close()
     spt = open_store("spt_store", "file", tmp_path, {})
     open_store("page_store", "file", tmp_path, {}).close()
-    import os  # noqa: PLC0415
+    import os
 
     with pytest.raises(StoreLocked, match=rf"{tmp_path}/spt is in use by process {os.getpid()}"):
         run("stat", tmp_path)

@@ -199,7 +199,7 @@ def test_every_combination_works_and_what_is_durable_lasts(spt, pages, compress,
     batch = bytearray(np.random.default_rng(1).bytes(20 * PAGE_BYTES)) + bytearray(20 * PAGE_BYTES)
     refs, text = batch_of(region, range(60), 1)
     batch += text[40 * PAGE_BYTES :]
-    from edm.dms.table import page_checksums  # noqa: PLC0415
+    from edm.dms.table import page_checksums
 
     refs["checksum"] = page_checksums(batch)
     assert server.evict(instance, refs, memoryview(batch)) == ""

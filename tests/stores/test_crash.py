@@ -1,7 +1,6 @@
 """A memory server that is killed at any point has lost and torn nothing that it acknowledged."""
 
 import pytest
-
 from stores_crashing import Client, Killed, open_server
 
 POLICIES = ["none", "batch", "always"]

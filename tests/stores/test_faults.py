@@ -1,4 +1,4 @@
-"""Every system call of the stores that can fail fails: nothing is lost, the error is said, and work goes on after it."""
+"""Every system call of the stores that can fail fails: nothing is lost, the error is said, and work goes on."""
 
 import errno
 import os
@@ -150,7 +150,8 @@ NAMES = {errno.EIO: "EIO", errno.ENOSPC: "ENOSPC", -1: "short"}
 CASES = [
     pytest.param(part, call, error, lasting, sync, id=f"{part}-{call}-{NAMES[error]}-{lasting}-{sync}",
                  marks=[pytest.mark.soak] if sync == "batch" else [])
-    for part, call in [("pages", "write"), ("pages", "sync"), ("pages", "open"), ("journal", "write"), ("journal", "sync")]
+    for part in ["pages", "journal"]
+    for call in (["write", "sync", "open"] if part == "pages" else ["write", "sync"])
     for error in ([errno.EIO, errno.ENOSPC, -1] if call == "write" else [errno.EIO, errno.ENOSPC])
     for lasting in ["once", "lasting"]
     for sync in ["always", "batch"]

@@ -93,7 +93,7 @@ def test_no_flip_is_ever_served(name, tmp_path):
     files = [path for path in made.rglob("*") if path.is_file() and path.name != "LOCK"]
     for path in files:
         bits = path.stat().st_size * 8
-        # The pages' own bits are all alike; the rest of each file (headers, checksums, frames, trees) is looked at closer.
+        # The pages' own bits are all alike: headers, checksums, frames and trees are looked at closer.
         chosen = {random_.randrange(bits) for _ in range(12)} | {
             random_.randrange(min(bits, 4096 * 8)) for _ in range(12)
         }

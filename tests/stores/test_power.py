@@ -1,4 +1,4 @@
-"""A loss of power: whatever was not synced is there, gone or torn, sector by sector; each sync policy keeps its promise."""
+"""A loss of power: what was not synced is there, gone or torn, sector by sector; each policy keeps its promise."""
 
 import os
 import random

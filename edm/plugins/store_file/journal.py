@@ -75,8 +75,9 @@ class Replayed:
 def replay(table: PageTable, path: Path, *, only_sealed: bool) -> Replayed:
     """Read a journal into an empty table, up to the first frame that is torn.
 
-    only_sealed: the machine went down, so frames behind the last sealed one may speak of pages that were never written.
-    They are left out, unless they were written by a store that promises nothing (sync = none): they may as well be tried.
+    only_sealed: the machine went down, so frames behind the last sealed one may speak of pages that were never
+    written. They are left out, unless they are of a store that promises nothing (sync = none), and may as well be
+    tried.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -128,7 +128,7 @@ class FileSpt(PageTable):
         self._pages_since_flush = 0
 
     def compact(self) -> int:
-        """Write the table anew, the page store having been flushed; returns by how many bytes the journal is shorter."""
+        """Write the table anew, after a flush of the page store; returns by how many bytes the journal is shorter."""
         before = self._journal.end
         self._compact()
         return before - self._journal.end

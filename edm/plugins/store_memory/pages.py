@@ -127,6 +127,10 @@ class MemoryPages:
             at = slot % SLAB_PAGES
             yield self._slabs.get(slot // SLAB_PAGES), slice(at, at + 1), slice(0, 1)
             return
+        if _is_run(slots):
+            at = int(slots[0]) % SLAB_PAGES
+            yield self._slabs.get(int(slots[0]) // SLAB_PAGES), slice(at, at + len(slots)), slice(0, len(slots))
+            return
         numbers, offsets = np.divmod(np.asarray(slots, np.uint64), np.uint64(SLAB_PAGES))
         for number in np.unique(numbers).tolist():
             part = np.flatnonzero(numbers == number)
@@ -155,8 +159,8 @@ class MemoryPages:
         self._free_count = needed
 
     def _known(self, slots: Slots) -> Any:
-        if len(slots) == 1:
-            return [int(slots[0]) // SLAB_PAGES in self._slabs]
+        if _is_run(slots):
+            return slice(None) if int(slots[0]) // SLAB_PAGES in self._slabs else slice(0)
         return np.isin(np.asarray(slots, np.uint64) // np.uint64(SLAB_PAGES), list(self._slabs))
 
     def _drop_slabs(self, slabs: list[Slab]) -> None:
@@ -174,6 +178,18 @@ class MemoryPages:
             if slab is None or not slab.used[slot % SLAB_PAGES]:
                 return f"slot {slot} holds no page"
         raise AssertionError("unreachable: asked only when one is missing")
+
+
+def _is_run(slots: Slots) -> bool:
+    """Whether slots follow each other within one slab, as they do in most batches."""
+    if not len(slots):
+        return False
+    first, last = int(slots[0]), int(slots[-1])
+    return (
+        last - first == len(slots) - 1
+        and first // SLAB_PAGES == last // SLAB_PAGES
+        and (len(slots) <= 2 or bool((slots[1:] - slots[:-1] == 1).all()))
+    )
 
 
 def _machine_bytes() -> int:

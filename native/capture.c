@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -252,6 +253,8 @@ static bool look_at_spaces(struct edm_engine *g) {
 void *capture_thread(void *engine) {
     struct edm_engine *g = engine;
     prctl(PR_SET_NAME, "edm-capture", 0, 0, 0);
+    // What a program touches before it is looked at is above the budget: be there in time, where that is allowed.
+    setpriority(PRIO_PROCESS, 0, -10);
     uint64_t busy_until = 0;
     while (!atomic_load(&g->stop)) {
         // Mappings change in bursts: look more often while they do.

@@ -7,6 +7,7 @@ a one-command run as `python -m edm.dms.process CONFIG_JSON RUN_DIR`, or by `edm
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -33,12 +34,15 @@ if TYPE_CHECKING:
     from edm.dms.reports import Reports
     from edm.interfaces import PageStore, SptStore, Transport
 
+log = logging.getLogger(__name__)
+
 TITLE: Final = "edm: dms"
 ROLE: Final = "dms"
 ORPHAN_LOOK_S: Final = 0.5
 """How often a DMS without its launcher looks whether its DM-Handlers are gone too."""
 STORE_DIR: Final = "store"
 USER_MISTAKE: Final = 2
+INTERNAL_ERROR: Final = 70
 
 
 class DmsProcess:
@@ -168,6 +172,12 @@ def reported(run_dir: Path) -> Iterator[Reports]:
         reports.error(" ".join(str(error).split()))
         end_job(USER_MISTAKE)
         sys.exit(USER_MISTAKE)
+    except Exception as error:
+        # A bug: the traceback goes to the log, and the launcher need not wait for its deadline.
+        reports.error(f"internal error in the memory server: {type(error).__name__}: {error}")
+        log.exception("the memory server failed")
+        end_job(INTERNAL_ERROR)
+        sys.exit(INTERNAL_ERROR)
     finally:
         reports.close()
 

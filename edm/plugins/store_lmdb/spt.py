@@ -243,13 +243,15 @@ class LmdbSpt(PageTable):
             raise MemoryError
 
     def _batches(self, transaction: Any) -> Iterator[tuple[Any, Any]]:
-        with transaction.cursor(self._rows) as cursor:
-            items = cursor.iternext()
-            while batch := list(itertools.islice(items, _ROWS_AT_ONCE)):
-                if any(len(key) != _KEY.itemsize or len(row) != _ROW.itemsize for key, row in batch):
+        # Two cursors side by side, so that no row is handled by itself: there may be millions.
+        with transaction.cursor(self._rows) as at_keys, transaction.cursor(self._rows) as at_rows:
+            all_keys, all_rows = at_keys.iternext(values=False), at_rows.iternext(keys=False)
+            while keys := b"".join(itertools.islice(all_keys, _ROWS_AT_ONCE)):
+                rows = b"".join(itertools.islice(all_rows, _ROWS_AT_ONCE))
+                # A row of another size would shift those behind it, whose hashes then tell.
+                if len(keys) % _KEY.itemsize or len(rows) != len(keys) // _KEY.itemsize * _ROW.itemsize:
                     raise self._damaged("a row has another size")
-                keys = np.frombuffer(b"".join(key for key, _ in batch), _KEY)
-                yield keys, np.frombuffer(b"".join(row for _, row in batch), _ROW)
+                yield np.frombuffer(keys, _KEY), np.frombuffer(rows, _ROW)
 
     def _damaged(self, what: str) -> Corrupt:
         return Corrupt(f"{self._environment.path}: the page table is damaged: {what}")

@@ -86,8 +86,8 @@ class SptStore(Protocol):
     last reference is gone, and the DMS frees them in the page store after the next `commit`.
 
     A store may also have what the DMS asks for by name: `lazy` (True: a commit survives the server's death, but a loss
-    of power only after `flush`; freed slots wait for it), `wants_flush` (True: it is time for a `flush` of both stores),
-    and `answer(refs, slots)`, a `lookup` in place for the fault path (see `edm.dms.table.PageTable`).
+    of power only after `flush`; freed slots wait for it), `wants_flush` (True: time for a `flush` of both stores), and
+    `answer(refs, slots)`, a `lookup` in place for the fault path (see `edm.dms.table.PageTable`).
     """
 
     def lookup(self, refs: PageRefs) -> SptRows:

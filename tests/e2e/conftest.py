@@ -70,6 +70,8 @@ class Edm:
             [sys.executable, "-m", "edm", *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            # Whoever started the tests may ignore it (a shell's background job does), and programs inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **keywords,
         )
         self._started.append(process)

@@ -327,3 +327,37 @@ def test_an_mpi_program_under_edm_sees_no_job_of_edms():
     assert strip_mpi_environment(job | mine) == mine
     assert under_mpi(job)
     assert not under_mpi(mine)
+
+
+HANDLER = """
+import sys
+from pathlib import Path
+import numpy as np
+from edm.plugins.transport_mpi import MpiOptions, open_transport
+from edm.testing.pages import batch_of
+from edm.testing.transport_cases import wanted
+from edm.types import RunContext
+transport = open_transport(MpiOptions(), RunContext(Path("."), Path("."), "dm-handler"))
+channel = transport.connect()
+instance = channel.control({"op": "hello", "client": "test", "protocol": 1})["instance"]
+for version in range(1, 30):
+    refs, pages = batch_of(instance << 32, np.arange(200), version, seed=instance)
+    assert channel.evict(refs, memoryview(pages)) == ""
+    asked, into = wanted(instance << 32, np.arange(200)), bytearray(len(pages))
+    channel.fetch(asked, memoryview(into))
+    assert into == pages
+transport.close()
+sys.stdout.write(f"{instance}\\n")
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("servers", ["1", "2"])
+def test_several_handlers_share_the_memory_servers_of_a_job(tmp_path, servers):
+    result = subprocess.run(
+        [find_mpiexec(), "-n", servers, *EDM, "dms", "--store", "memory",
+         ":", "-n", "3", sys.executable, "-c", HANDLER],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.split()) == ["1", "2", "3"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edm.config import Config
     from edm.types import LaunchPlan
 
+USER_MISTAKE: Final = 2
 EDM_FAILED: Final = 70
 """Exit status when EDM itself failed (EX_SOFTWARE of sysexits.h): never a program's result."""
 
@@ -40,9 +41,25 @@ class Wishes:
 def run(config: Config, command: tuple[str, ...], wishes: Wishes) -> int:
     """Run a program under EDM; returns our exit status, or does not return where the program died of a signal."""
     try:
-        program = checks.find_program(command[0])
+        return _run_checked(config, command, wishes)
     except checks.CommandError as error:
-        return _complain(str(error), error.status)
+        return _leave_job(config, _complain(str(error), error.status))
+    except UsageError as error:
+        return _leave_job(config, _complain(str(error), USER_MISTAKE))
+
+
+def _leave_job(config: Config, status: int) -> int:
+    """As a rank that will not take part: end the job, or the other ranks wait for it for ever."""
+    if config.transport == "mpi" and _is_mpi_rank():
+        from edm.plugins.transport_mpi import end_job  # noqa: PLC0415
+
+        sys.stderr.flush()
+        end_job(status)
+    return status
+
+
+def _run_checked(config: Config, command: tuple[str, ...], wishes: Wishes) -> int:
+    program = checks.find_program(command[0])
     try:
         checks.check_capturable(program)
     except UsageError as error:

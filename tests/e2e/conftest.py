@@ -58,7 +58,13 @@ class Edm:
         self.files = directory / "files"
         for path in (self.sockets, self.files):
             path.mkdir()
-        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(self.sockets), "TMPDIR": str(self.files)}
+        # SPT_NOENV: titles must not overwrite the environment, by which we know our processes.
+        self.environment = {
+            **os.environ,
+            "SPT_NOENV": "1",
+            "XDG_RUNTIME_DIR": str(self.sockets),
+            "TMPDIR": str(self.files),
+        }
         self.environment.pop("LD_PRELOAD", None)
         self._mark = f"XDG_RUNTIME_DIR={self.sockets}".encode()
         self._started = []

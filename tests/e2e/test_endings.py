@@ -12,7 +12,8 @@ import pytest
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
-SLEEPER = "import time; data = bytearray(8 << 20); print('up', flush=True); time.sleep(60)"
+SLEEPER = "import time; data = bytearray(8 << 20); print('up', flush=True); [time.sleep(0.05) for _ in range(1200)]"
+"""Short sleeps: a signal just before a long one would be noticed only after it, in any Python."""
 
 
 def one_line(text):
@@ -193,4 +194,18 @@ def test_ranks_by_hand(edm, program, tmp_path):
     expected = subprocess.run(list(map(str, command)), capture_output=True).stdout
     assert ran.stdout.endswith(expected)
     assert b'"fetches": 0' not in (tmp_path / "r.json").read_bytes()
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.mpi
+def test_mistake_of_one_rank_ends_the_job(edm, tmp_path):
+    mpiexec = shutil.which("mpiexec", path=os.path.dirname(sys.executable)) or shutil.which("mpiexec")
+    edm_command = [sys.executable, "-m", "edm"]
+    arguments = [
+        *(mpiexec, "-n", "1", *edm_command, "dms", "--transport", "mpi", "--path", tmp_path, ":"),
+        *("-n", "1", *edm_command, "run", "--", "nosuchprogram"),
+    ]
+    ran = subprocess.run(list(map(str, arguments)), capture_output=True, timeout=60, env=edm.environment)
+    assert ran.returncode == 127
+    assert b"edm: nosuchprogram: command not found\n" in ran.stderr
     assert edm.left_behind() == ({}, [])

@@ -78,10 +78,10 @@ class Environment:
             self._env.close()
             self._directory.close(clean=clean)
 
-    def read(self, work: Callable[[Any], Any]) -> Any:
-        """Run `work(transaction)`; buffers it gets are valid inside only."""
+    def read(self, work: Callable[[Any], Any], *, buffers: bool = True) -> Any:
+        """Run `work(transaction)`; buffers it gets are valid inside only. buffers False: bytes, for small rows."""
         try:
-            with self._env.begin(buffers=True) as transaction:
+            with self._env.begin(buffers=buffers) as transaction:
                 return work(transaction)
         except lmdb.Error as error:
             raise self._failed(error) from None

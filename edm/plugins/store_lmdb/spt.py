@@ -58,7 +58,7 @@ class LmdbSpt(PageTable):
         self._pending: list[_Changes] = []
         self._closed = False
         try:
-            self._totals = environment.read(self._load)
+            self._totals = environment.read(self._load, buffers=False)
         except BaseException:
             environment.close("spt")
             raise

@@ -81,7 +81,8 @@ class Environment:
     def read(self, work: Callable[[Any], Any], *, buffers: bool = True) -> Any:
         """Run `work(transaction)`; buffers it gets are valid inside only. buffers False: bytes, for small rows."""
         try:
-            with self._env.begin(buffers=buffers) as transaction:
+            begun: Any = self._env.begin(buffers=True) if buffers else self._env.begin()
+            with begun as transaction:
                 return work(transaction)
         except lmdb.Error as error:
             raise self._failed(error) from None

@@ -33,7 +33,7 @@ def big_text(tmp_path_factory):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_working_set_over_budget_is_the_same_over_every_transport(edm, program, tmp_path, transport):
-    command = (program("working_set"), 24, 1)
+    command = (program("working_set"), 24, 2)
     ran = edm.run("--transport", transport, "--local-memory", "6M", "--report", tmp_path / "r.json", "--", *command)
     assert (ran.status, ran.err) == (0, "")
     assert ran.out == plain(*command)

@@ -104,8 +104,8 @@ def _serve(
     from edm.dms import process  # noqa: PLC0415
 
     logging.basicConfig(format="edm: %(message)s")
-    with tempfile.TemporaryDirectory(prefix="edm-dms-") as temporary:
-        path = config.path or Path(temporary)
+    with contextlib.ExitStack() as stack:
+        path = config.path or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edm-dms-")))
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

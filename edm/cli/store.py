@@ -28,7 +28,7 @@ def _open(directory: Path) -> OfflineStore:
     return OfflineStore(directory)
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """Look into a memory server's store: DIR is what was given to 'edm dms --path', or the store in it.
 

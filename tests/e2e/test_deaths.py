@@ -69,7 +69,7 @@ def test_death_of_the_dm_handler_ends_the_program(edm, running, transport):
     os.kill(handler, signal.SIGKILL)
     out, err = process.communicate(timeout=40)
     assert process.returncode == 70
-    assert b"DM-Handler has died" in err
+    assert b" has died" in err  # MPI ends the other rank with it: either may be noticed first
     assert expected(command).startswith(out)
     assert not Path(f"/proc/{program}").exists()
     assert edm.left_behind() == ({}, [])

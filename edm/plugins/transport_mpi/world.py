@@ -43,13 +43,22 @@ class World:
         if self.mpi.Query_thread() < self.mpi.THREAD_MULTIPLE:
             raise UsageError("this MPI library has no THREAD_MULTIPLE, which the transport 'mpi' needs")
         self.mpi.COMM_WORLD.Set_errhandler(self.mpi.ERRORS_RETURN)
-        self._check_size()
+        try:
+            self._check_size()
+        except UsageError:
+            self.mpi.Finalize()
+            raise
         self.comm = self.mpi.COMM_WORLD.Dup()
         self.rank = self.comm.Get_rank()
         self.members = self.comm.allgather((context.role, socket.gethostname(), os.getpid()))
         self.servers = self._ranks("dms")
         self.handlers = self._ranks("dm-handler")
-        self._check_roles()
+        try:
+            self._check_roles()
+        except UsageError:
+            # Every rank finds the same: one that left without this would have the launcher kill the others, unheard.
+            self.finalize()
+            raise
 
     def alive(self, rank: int) -> bool:
         """Whether a rank's process is there, as far as it can be seen from this machine."""

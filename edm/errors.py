@@ -38,6 +38,10 @@ class PluginConflict(UsageError):
     """Two distributions offer the same name."""
 
 
+class PluginBroken(UsageError):
+    """A plugin does not keep to its interface."""
+
+
 class MissingExtra(UsageError):
     """A plugin needs a library that is not installed."""
 

@@ -88,6 +88,14 @@ class Engine:
             return -1
         raise NativeError(-count, "edm_poll")
 
+    def use_channel(self, worker: int, table: int) -> None:
+        """Let a worker fetch by itself through the C table ("edm.channel_ops") at that address; before its first poll."""
+        lib.edm_worker_channel(self.native, worker, ffi.cast("void *", table))
+
+    def use_write_back_channel(self, table: int) -> None:
+        """Let evictions go through the C table at that address; before the first `poll_outbox`."""
+        lib.edm_outbox_channel(self.native, ffi.cast("void *", table))
+
     def fault_batch(self, worker: int, count: int) -> tuple[PageRefs, memoryview]:
         """Views of the worker's first `count` refs and pages."""
         return self._refs[worker][:count], self._pages[worker][: count * PAGE_BYTES]

@@ -210,6 +210,20 @@ class FaultSource(Protocol):
         """Release everything; a second call does nothing."""
 
 
+@runtime_checkable
+class TakesTables(Protocol):
+    """A `FaultSource` that can use a channel's C table ("edm.channel_ops", see `edm.ops`) without Python.
+
+    It then polls, fetches and resolves by itself; `poll_faults` and `poll_outbox` return what the table could not do.
+    """
+
+    def use_channel(self, worker: int, table: int) -> None:
+        """Fetch through the table at address `table`; called in the worker's thread before its first poll."""
+
+    def use_write_back_channel(self, table: int) -> None:
+        """Carry evictions through the table at address `table`; called before the first `poll_outbox`."""
+
+
 class OutboxItem(Protocol):
     """One ordered message for the DMS: an eviction batch, or a control request."""
 

@@ -109,7 +109,11 @@ int edm_engine_page(struct edm_engine *engine, int32_t pid, uint64_t page, struc
 /* A fault worker's buffers: 64 refs and 64 pages. */
 struct edm_page_ref *edm_worker_refs(struct edm_engine *engine, int worker);
 uint8_t *edm_worker_pages(struct edm_engine *engine, int worker);
-/* Read and handle faults [3-5]; returns the number of refs to fetch, 0 after timeout_us, -ESHUTDOWN at the end. */
+/* A table of edm_ops.h ("edm.channel_ops"): the worker fetches through it by itself, without Python; NULL: none. Before
+   the worker's first edm_poll; it must stay until the last. */
+void edm_worker_channel(struct edm_engine *engine, int worker, const void *ops);
+/* Read and handle faults [3-5]; returns the number of refs to fetch (with a channel: those it could not), 0 after
+   timeout_us, -ESHUTDOWN at the end. */
 int edm_poll(struct edm_engine *engine, int worker, int timeout_us);
 /* Install the first n pages of the worker's batch [12-15]. */
 int edm_resolve(struct edm_engine *engine, int worker, int n);
@@ -130,6 +134,9 @@ struct edm_outbox {
     struct edm_page_ref *refs;
     uint8_t *pages;
 };
+/* As edm_worker_channel: evictions are carried by it; those that it could not carry, or that the DMS refused, come from
+   edm_outbox_poll as without it. */
+void edm_outbox_channel(struct edm_engine *engine, const void *ops);
 /* The next message; 1, 0 after timeout_us, -ESHUTDOWN at the end. One message at a time: done before the next. */
 int edm_outbox_poll(struct edm_engine *engine, struct edm_outbox *out, int timeout_us);
 /* The DMS has carried it out (evictions: by refs[i].status); failed pages are sent again after the next poll. */

@@ -99,15 +99,15 @@ struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
     pthread_condattr_destroy(&mono);
     budget_set(g);
 
-    g->nslots = (uint32_t)(config->write_back_pages ? config->write_back_pages : EDM_STAGING_PAGES);
+    g->nslots = (uint32_t)(config->write_back_pages ? config->write_back_pages : EDM_BATCH_PAGES);
     g->slots = map_pages(g->nslots);
     g->slot = calloc(g->nslots + 1, sizeof *g->slot);
     g->out_pages = map_pages(EDM_OUTBOX_BATCH);
     g->out_refs = calloc(EDM_OUTBOX_BATCH, sizeof *g->out_refs);
-    g->move_buffer = map_pages(EDM_STAGING_PAGES);
+    g->batch = batch_new();
     g->nfetch = MAX_WORKERS * MAX_FETCH;
     g->fetch = calloc(g->nfetch + 1, sizeof *g->fetch);
-    if (!g->slots || !g->slot || !g->out_pages || !g->out_refs || !g->move_buffer || !g->fetch)
+    if (!g->slots || !g->slot || !g->out_pages || !g->out_refs || !g->batch || !g->fetch)
         goto fail;
     for (uint32_t i = 0; i < g->nslots; i++)
         g->slot[i].next_free = i + 2 <= g->nslots ? i + 2 : 0;
@@ -200,7 +200,7 @@ void edm_engine_free(struct edm_engine *g) {
     free(g->out_refs);
     unmap_pages(g->slots, g->nslots);
     unmap_pages(g->out_pages, EDM_OUTBOX_BATCH);
-    unmap_pages(g->move_buffer, EDM_STAGING_PAGES);
+    batch_free(g->batch);
     int fds[] = {g->epoll, g->kick, g->listen_fd, g->dev_fd};
     for (int i = 0; i < 4; i++)
         if (fds[i] >= 0)

@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "edm_abi.h"
+#include "edm_ops.h"
 #include "sidecar.h"
 
 #define PAGE_SHIFT 12
@@ -37,7 +38,8 @@ enum page_state {
 enum page_flag {
     PF_CLEAN = 1,   // resident, write-protected, and the DMS holds exactly this version
     PF_STORED = 2,  // the DMS may hold something under this page's id
-    PF_WAITED = 4,  // a thread faulted on it while it was being evicted
+    PF_WAITED = 4,  // a thread faulted on it while its leaf was being evicted
+    PF_WRITER = 8,  // … to write to it
 };
 
 // 16 bytes a page.
@@ -67,6 +69,7 @@ struct leaf {
     uint64_t refused;            // bitmap: the kernel would not move these (pinned, locked) lately
     uint32_t refused_at;         // milliseconds, when they refused
     bool listed;
+    bool moving;  // pages of it are moving out: none may be installed meanwhile
     struct lspt_entry e[LEAF_PAGES];
 };
 
@@ -113,20 +116,24 @@ void ranges_free(struct ranges *r);
 
 // ---- where faults come from -----------------------------------------------------------------------------------
 
-// Pages on their way out of one space. `dst` windows lie in staging.
+// Pages on their way out of one space. Window k lies in staging at page k * 64.
 struct move_batch {
     uint32_t n;
     uint32_t generation;  // of the space's events when the batch was chosen
     struct move_window {
-        struct leaf *leaf;  // valid only while the engine's lock has been held since selection; re-looked-up after
+        struct leaf *leaf;
         uint64_t base;
         uint64_t mask;   // asked for
-        uint64_t clean;  // of those: need not be read, the DMS has them
-        uint64_t moved;  // out: left the app
+        uint64_t pass;   // not there when the batch was chosen: a move may reach across them
+        uint64_t clean;  // of those asked for: need not be read, the DMS has them
+        uint64_t moved;  // out: left the app, asked for or not
         uint64_t busy;   // out: the kernel refused (pinned, locked, shared)
     } w[EDM_WINDOWS];
-    uint8_t *data;  // out: page i of window w at (w * 64 + i) * 4096, where moved and not clean
+    uint32_t nread;          // pages that moved and must be read
+    uint8_t **into;          // where each of them goes, in order of window and page
+    uint32_t *slot, *check;  // its write-back slot and CRC-32C
 };
+static inline uint64_t move_to_read(const struct move_window *w) { return w->moved & ~w->clean; }
 
 // Every call returns 0, or a negative errno that the caller decides on.
 struct source_ops {
@@ -137,8 +144,10 @@ struct source_ops {
     int (*wake)(struct space *s, uint64_t page, uint64_t count);
     int (*poison)(struct space *s, uint64_t page);
     int (*move_out)(struct space *s, struct move_batch *b);
-    void (*drop_out)(struct space *s, struct move_batch *b);
-    uint64_t (*pfn)(struct space *s, uint64_t page);  // 0: may not be read; the call may be NULL
+    void (*read_out)(struct space *s, struct move_batch *b);  // what moved and is not clean, into b->into
+    void (*drop_out)(struct space *s, uint32_t windows);      // empty staging; does not wait for it
+    void (*settle)(struct space *s);                          // … but this does, without the engine's lock; or NULL
+    uint64_t (*pfn)(struct space *s, uint64_t page);          // 0: may not be read; the call may be NULL
     int (*forked)(struct space *child, const struct uffd_msg *msg);
     bool (*gone)(struct space *s);
     void (*retire)(struct space *s);
@@ -161,7 +170,8 @@ struct space {
     uint32_t refs;     // outbox items, fetch slots and waiting faults that point here
     bool dead, ready;
     bool batch_busy;      // the LPET is moving pages out of it
-    bool draining;        // … and waits for staging to be empty again; the control page stays mapped till then
+    bool dropping;        // staging is being emptied
+    bool draining;        // the LPET waits for that; the control page stays mapped till then
     bool applying;        // events have been read and not yet applied: nothing else may touch the table
     pthread_cond_t idle;  // batch_busy, draining or applying fell, or the space died
     // uffd
@@ -214,6 +224,7 @@ struct fetch_slot {
 };
 
 struct worker {
+    const struct edm_channel_ops *channel;  // NULL: Python fetches
     struct edm_page_ref *refs;
     uint8_t *pages;
     uint32_t slot[MAX_FETCH];
@@ -265,6 +276,7 @@ struct edm_engine {
     uint64_t seq, done_seq, version;
     uint64_t first_queued_ns;
     bool outbox_urgent;
+    const struct edm_channel_ops *out_channel;  // NULL: Python carries
     struct edm_page_ref *out_refs;
     uint8_t *out_pages;
     uint32_t out_item[EDM_OUTBOX_BATCH], out_n;
@@ -272,7 +284,7 @@ struct edm_engine {
     pthread_cond_t lpet_wake, outbox_wake;
     pthread_t lpet, capture;
     bool lpet_running, capture_running;
-    uint8_t *move_buffer;
+    struct move_batch *batch;  // the LPET's
     int listen_fd, dev_fd;
     int handshakes;
     pthread_cond_t handshake_done;
@@ -317,6 +329,11 @@ uint32_t outbox_push(struct edm_engine *g, int kind, struct space *s);
 struct outbox_item *outbox_item_at(struct edm_engine *g, uint64_t id);
 void outbox_cancel(struct edm_engine *g, uint64_t id);
 
+// ---- moveout.c: one batch of the LPET
+uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batch *b);
+struct move_batch *batch_new(void);
+void batch_free(struct move_batch *b);
+
 // ---- reclaim.c (LPET)
 void *lpet_thread(void *engine);
 void leaf_touch(struct edm_engine *g, struct leaf *l);
@@ -331,7 +348,9 @@ int uffd_watch(struct space *s);
 void sidecar_lock(struct space *s);
 void sidecar_unlock(struct space *s);
 int sidecar_move_out(struct space *s, struct move_batch *b);
-void sidecar_drop_out(struct space *s, struct move_batch *b);
+void sidecar_read_out(struct space *s, struct move_batch *b);
+void sidecar_drop_out(struct space *s, uint32_t windows);
+void sidecar_settle(struct space *s);
 void sidecar_end(struct space *s);
 bool pidfd_dead(int pidfd);
 

@@ -155,8 +155,13 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
         s->ops->wake(s, f.page, 1);
         return;
     }
-    struct lspt_entry *e = lspt_entry(&s->lspt, f.page);
+    struct leaf *l = lspt_leaf(&s->lspt, f.page);
+    struct lspt_entry *e = l ? &l->e[f.page % LEAF_PAGES] : NULL;
     enum page_state state = e ? (enum page_state)e->state : PS_NEW;
+    if (l && l->moving && (state != PS_RESIDENT || !(f.flags & UFFD_PAGEFAULT_FLAG_WP))) {
+        e->flags |= PF_WAITED | (f.flags & UFFD_PAGEFAULT_FLAG_WRITE ? PF_WRITER : 0);
+        return;
+    }
     if (state == PS_RESIDENT) {
         if (f.flags & UFFD_PAGEFAULT_FLAG_WP)
             take_protected(g, f, e);
@@ -167,10 +172,6 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
     if (state == PS_FETCHING) {
         if (f.flags & UFFD_PAGEFAULT_FLAG_WRITE)
             g->fetch[e->where].flags |= UFFD_PAGEFAULT_FLAG_WRITE;
-        return;
-    }
-    if (state == PS_EVICTING) {
-        e->flags |= PF_WAITED;
         return;
     }
     if (!room(g)) {
@@ -267,6 +268,11 @@ static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct ed
     settle(g, (struct fault){s, fs->page, fs->flags}, r, "copy");
 }
 
+static bool leaf_moving(const struct space *s, uint64_t page) {
+    const struct leaf *l = lspt_leaf(&s->lspt, page);
+    return l && l->moving;
+}
+
 int edm_resolve(struct edm_engine *g, int worker, int n) {
     if (worker < 0 || worker >= MAX_WORKERS || n < 0 || (uint32_t)n != g->worker[worker].n)
         return -EINVAL;
@@ -279,8 +285,8 @@ int edm_resolve(struct edm_engine *g, int worker, int n) {
     for (int i = 0; i < n; i++) {
         struct fetch_slot *fs = &g->fetch[w->slot[i]];
         struct space *s = fs->space;
-        while (s->applying && !s->dead && !atomic_load(&g->stop))
-            pthread_cond_wait(&s->idle, &g->mu);
+        while (!s->dead && !atomic_load(&g->stop) && (s->applying || leaf_moving(s, fs->page)))
+            pthread_cond_wait(&s->idle, &g->mu);  // a batch that moves waits for no fault worker
         if (!fs->cancelled && !s->dead)
             fetched(g, fs, &w->refs[i], w->pages + (size_t)i * PAGE_SIZE_, intact[i]);
         if (fs->cancelled && !s->dead)
@@ -306,16 +312,29 @@ static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) 
 
 // Sleep until a uffd is readable, the engine is kicked, or a fault that was put off is due.
 static int wait_readable(struct edm_engine *g, struct epoll_event *ev, int max, int timeout_us, bool soon) {
-    uint64_t spin_end = now_ns() + (uint64_t)g->cfg.spin_us * 1000u;
-    int n;
-    do {
-        n = epoll_wait(g->epoll, ev, max, 0);
+    uint64_t spin_end = g->cfg.spin_us && !soon ? now_ns() + (uint64_t)g->cfg.spin_us * 1000u : 0;
+    while (spin_end && now_ns() < spin_end && !atomic_load(&g->stop)) {
+        int n = epoll_wait(g->epoll, ev, max, 0);
         if (n > 0)
             return n;
-    } while (!soon && g->cfg.spin_us && now_ns() < spin_end && !atomic_load(&g->stop));
+    }
     int us = soon ? 50 : timeout_us;
     struct timespec t = {.tv_sec = us / 1000000, .tv_nsec = (long)(us % 1000000) * 1000};
     return epoll_pwait2(g->epoll, ev, max, &t, NULL);
+}
+
+void edm_worker_channel(struct edm_engine *g, int worker, const void *ops) {
+    if (worker >= 0 && worker < MAX_WORKERS)
+        g->worker[worker].channel = ops;
+}
+
+// The whole batch through the worker's own channel; false: Python is to do it.
+static bool fetch_here(struct edm_engine *g, int worker) {
+    struct worker *w = &g->worker[worker];
+    if (!w->channel || w->channel->fetch(w->channel->self, w->refs, w->n, w->pages))
+        return false;
+    edm_resolve(g, worker, (int)w->n);
+    return true;
 }
 
 int edm_poll(struct edm_engine *g, int worker, int timeout_us) {
@@ -354,7 +373,7 @@ int edm_poll(struct edm_engine *g, int worker, int timeout_us) {
         }
         have = w->n;
         pthread_mutex_unlock(&g->mu);
-        if (have)
+        if (have && !fetch_here(g, worker))
             return (int)have;
         if (now_ns() >= end)
             return 0;

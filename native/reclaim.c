@@ -12,8 +12,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "crc32c.h"
-
 #define REFUSED_MS 20    // a page the kernel would not move is left alone this long
 #define SCAN_LEAVES 512  // leaves looked at for one batch
 
@@ -23,10 +21,10 @@ static uint64_t at_least(uint64_t x, uint64_t least) { return x > least ? x : le
 // limit: faults wait above it. The pages of one batch sit in staging for a moment, so they come off the budget.
 void budget_set(struct edm_engine *g) {
     const struct edm_engine_config *c = &g->cfg;
-    uint64_t budget = c->local_pages ? c->local_pages : c->high_pages ? c->high_pages + EDM_STAGING_PAGES : 0;
+    uint64_t budget = c->local_pages ? c->local_pages : c->high_pages ? c->high_pages + EDM_BATCH_PAGES : 0;
     if (!budget)
         return;
-    g->batch_pages = at_least(at_most(EDM_STAGING_PAGES, budget / 16), 1);
+    g->batch_pages = at_least(at_most(EDM_BATCH_PAGES, budget / 16), 1);
     g->limit = at_least(budget - at_most(g->batch_pages, budget - 1), 1);
     uint64_t below = at_most(at_least(g->limit / 32, 1), 512);
     g->high = c->high_pages ? at_most(c->high_pages, g->limit) : at_least(g->limit - below, 1);
@@ -100,15 +98,21 @@ static uint64_t recent_mask(const struct edm_engine *g, const struct leaf *l) {
 
 static uint32_t now_ms(void) { return (uint32_t)(now_ns() / 1000000u); }
 
-static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ranges *excluded) {
+// Pages that may leave, and in *pass those that are not there: one move may reach across them.
+static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ranges *excluded, uint64_t *pass) {
     if (l->refused && now_ms() - l->refused_at > REFUSED_MS)
         l->refused = 0;
+    *pass = 0;
     uint64_t mask = l->resident & ~l->refused & ~recent_mask(g, l);
-    if (mask)
-        mask &= ranges_mask(&l->space->known, l->base);
-    if (mask && excluded->n)
-        mask &= ~ranges_mask(excluded, l->base);
-    return mask;
+    if (!mask)
+        return 0;
+    uint64_t inside = ranges_mask(&l->space->known, l->base);
+    if (excluded->n)
+        inside &= ~ranges_mask(excluded, l->base);
+    *pass = inside & ~l->resident;
+    if (*pass && l->space->removed.n)
+        *pass &= ~ranges_mask(&l->space->removed, l->base);
+    return mask & inside;
 }
 
 static bool can_move_out(const struct space *s) { return s->ready && !s->dead && !s->applying && !s->batch_busy; }
@@ -123,9 +127,9 @@ static uint64_t first_bits(uint64_t mask, uint64_t most) {
     return out;
 }
 
-static void choose(struct move_batch *b, struct leaf *l, uint64_t mask) {
+static void choose(struct move_batch *b, struct leaf *l, uint64_t mask, uint64_t pass) {
     struct move_window *w = &b->w[b->n++];
-    *w = (struct move_window){.leaf = l, .base = l->base, .mask = mask};
+    *w = (struct move_window){.leaf = l, .base = l->base, .mask = mask, .pass = pass};
     for (uint64_t m = mask; m; m &= m - 1) {
         int i = __builtin_ctzll(m);
         if (l->e[i].flags & PF_CLEAN)
@@ -152,125 +156,48 @@ static struct space *select_batch(struct edm_engine *g, struct move_batch *b, ui
             ranges_free(&excluded);
             pages_excluded(l->space->pid, &excluded);
         }
-        uint64_t mask = first_bits(evictable(g, l, &excluded), most);
+        uint64_t pass, mask = first_bits(evictable(g, l, &excluded, &pass), most);
         if (!mask) {
             if (next)
                 leaf_touch(g, l);  // nothing to have here: look at it again after the others
             continue;
         }
         s = l->space;
-        choose(b, l, mask);
+        choose(b, l, mask, pass);
         most -= (uint64_t)__builtin_popcountll(mask);
     }
     ranges_free(&excluded);
     return s;
 }
 
-static bool all_zero(const uint8_t *page) { return page[0] == 0 && memcmp(page, page + 1, PAGE_SIZE_ - 1) == 0; }
-
-// A page has left the program: into the write-back buffer, unless the DMS has it or there is nothing to store.
-static void stage(struct edm_engine *g, struct leaf *l, int i, bool clean, const uint8_t *data, uint32_t checksum) {
-    struct space *s = l->space;
-    struct lspt_entry *e = &l->e[i];
-    entry_leave(l, e);
-    g->count.evictions++;
-    e->where = 0;
-    uint8_t stored = e->flags & PF_STORED;
-    if (clean) {
-        e->state = PS_REMOTE;
-        e->flags = PF_STORED;
-        g->count.remote++;
-        g->count.evicted_clean++;
-        return;
+// Wait until what the last batches left in staging is gone. No batch is under way meanwhile: the fault workers, which
+// have to read of it, never wait for this.
+static void settle(struct edm_engine *g) {
+    for (uint32_t i = 0; i < g->nspaces; i++) {
+        struct space *s = g->space[i];
+        if (!s->dropping || s->dead)
+            continue;
+        s->dropping = false;
+        s->draining = true;
+        s->refs++;
+        pthread_mutex_unlock(&g->mu);
+        s->ops->settle(s);
+        pthread_mutex_lock(&g->mu);
+        s->draining = false;
+        pthread_cond_broadcast(&s->idle);
+        space_unref(s);
+        i = (uint32_t)-1;  // the table may have changed
     }
-    if (!stored && !g->cfg.ask && all_zero(data)) {
-        e->state = PS_NEW;
-        e->flags = 0;
-        g->count.evicted_zero++;
-        return;
-    }
-    int slot = write_slot_get(g);  // never -1: the batch was not larger than the free part of the buffer
-    memcpy(write_slot_data(g, (uint32_t)slot), data, PAGE_SIZE_);
-    uint32_t id = outbox_push(g, EDM_OUT_EVICT, s);
-    struct outbox_item *o = outbox_item_at(g, id);
-    o->page = o->a = l->base + (uint64_t)i;
-    o->version = ++g->version;
-    o->checksum = checksum;
-    o->slot = (uint32_t)slot;
-    e->state = PS_STAGED;
-    e->where = id;
-    e->flags = stored;
 }
 
-static uint64_t batch_apply(struct edm_engine *g, struct move_batch *b, const uint32_t *checksums) {
-    uint64_t freed = 0;
-    for (uint32_t k = 0; k < b->n; k++) {
-        struct move_window *w = &b->w[k];
-        struct leaf *l = w->leaf;
-        for (uint64_t m = w->mask; m; m &= m - 1) {
-            int i = __builtin_ctzll(m);
-            uint64_t bit = 1ull << i, page = l->base + (uint64_t)i;
-            struct lspt_entry *e = &l->e[i];
-            bool waited = e->flags & PF_WAITED;
-            e->flags &= ~PF_WAITED;
-            if (w->moved & bit) {
-                stage(g, l, i, w->clean & bit, b->data + ((uint64_t)k * 64 + (uint64_t)i) * PAGE_SIZE_,
-                      checksums[k * 64 + (uint32_t)i]);
-                freed++;
-                if (waited)
-                    fault_take(g, -1, (struct fault){l->space, page, 0});
-                continue;
-            }
-            e->state = PS_RESIDENT;
-            if ((w->busy & w->clean & bit) && l->space->ops->unprotect(l->space, page) == 0) {
-                // Shared since a fork, and write-protected: as a dirty page it can be unshared and moved next time.
-                e->flags &= ~PF_CLEAN;
-            } else if (w->busy & bit) {
-                l->refused |= bit;
-                l->refused_at = now_ms();
-                g->count.move_refused++;
-            }
-            if (waited)
-                fault_take(g, -1, (struct fault){l->space, page, UFFD_PAGEFAULT_FLAG_WP});
-        }
-        if (!l->resident)
-            leaf_unlist(g, l);
-    }
-    return freed;
-}
-
-// One batch; returns pages freed. The lock is let go while the pages move.
+// One batch; returns pages freed.
 static uint64_t reclaim_once(struct edm_engine *g, uint64_t want) {
-    struct move_batch b = {.data = g->move_buffer};
-    static uint32_t checksums[EDM_STAGING_PAGES];
+    struct move_batch *b = g->batch;
+    settle(g);
+    b->n = 0;
     uint64_t most = at_most(at_most(want, g->batch_pages), g->nslots - g->slots_used);
-    struct space *s = select_batch(g, &b, most);
-    if (!s)
-        return 0;
-    s->batch_busy = true;
-    b.generation = s->generation;
-    s->refs++;
-    pthread_mutex_unlock(&g->mu);
-    int r = s->ops->move_out(s, &b);
-    for (uint32_t k = 0; k < b.n; k++)
-        for (uint64_t m = b.w[k].moved & ~b.w[k].clean; m; m &= m - 1) {
-            uint32_t i = k * 64 + (uint32_t)__builtin_ctzll(m);
-            checksums[i] = edm_crc32c(b.data + (uint64_t)i * PAGE_SIZE_, PAGE_SIZE_);
-        }
-    pthread_mutex_lock(&g->mu);
-    if (r == -EAGAIN)
-        g->count.move_again++;
-    uint64_t freed = batch_apply(g, &b, checksums);
-    s->batch_busy = false;
-    s->draining = true;
-    pthread_cond_broadcast(&s->idle);
-    pthread_mutex_unlock(&g->mu);
-    s->ops->drop_out(s, &b);
-    pthread_mutex_lock(&g->mu);
-    s->draining = false;
-    pthread_cond_broadcast(&s->idle);
-    space_unref(s);
-    return freed;
+    struct space *s = select_batch(g, b, most);
+    return s ? batch_carry_out(g, s, b) : 0;
 }
 
 // Faults that waited for room, as far as there is room.

@@ -26,9 +26,13 @@ struct edm_replay *replay_new(struct edm_engine *g, uint64_t pages) {
     r->bits = calloc(pages, 1);
     r->arena =
         mmap(NULL, pages * PAGE_SIZE_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    r->staging = mmap(NULL, EDM_STAGING_PAGES * PAGE_SIZE_, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (r->arena == MAP_FAILED)
         r->arena = NULL;
-    if (r->arena && r->bits && r->readable >= 0)
+    if (r->staging == MAP_FAILED)
+        r->staging = NULL;
+    if (r->arena && r->staging && r->bits && r->readable >= 0)
         return r;
     int e = r->readable < 0 ? errno : ENOMEM;
     r->refs = 1;
@@ -44,6 +48,8 @@ void replay_unref(struct edm_replay *r) {
         close(r->readable);
     if (r->arena)
         munmap(r->arena, r->pages * PAGE_SIZE_);
+    if (r->staging)
+        munmap(r->staging, EDM_STAGING_PAGES * PAGE_SIZE_);
     free(r->bits);
     pthread_cond_destroy(&r->attach);
     pthread_mutex_destroy(&r->mu);
@@ -229,15 +235,22 @@ static bool move_page(struct edm_replay *r, const struct move_batch *b, struct m
     return true;
 }
 
+static uint8_t *staging_at(struct edm_replay *r, uint32_t window, int page) {
+    return r->staging + ((size_t)window * LEAF_PAGES + (size_t)page) * PAGE_SIZE_;
+}
+
 static int move_out(struct space *s, struct move_batch *b) {
     struct edm_replay *r = s->replay;
     for (uint32_t k = 0; k < b->n; k++) {
         struct move_window *w = &b->w[k];
         w->moved = w->busy = 0;
-        for (uint64_t m = w->mask; m; m &= m - 1) {
+        // As the kernel's move does: across what is not there, and whatever has come there meanwhile goes along.
+        uint64_t highest = w->mask ? 1ull << (63 - __builtin_clzll(w->mask)) : 0, lowest = w->mask & -w->mask;
+        uint64_t between = (highest - lowest) | highest;
+        for (uint64_t m = (w->mask | w->pass) & between; m; m &= m - 1) {
             int i = __builtin_ctzll(m);
             pthread_mutex_lock(&r->mu);
-            bool on = move_page(r, b, w, i, b->data + ((size_t)k * LEAF_PAGES + (size_t)i) * PAGE_SIZE_);
+            bool on = move_page(r, b, w, i, staging_at(r, k, i));
             pthread_mutex_unlock(&r->mu);
             if (!on)
                 return -EAGAIN;
@@ -246,8 +259,15 @@ static int move_out(struct space *s, struct move_batch *b) {
     return 0;
 }
 
-static void drop_out(struct space *s, struct move_batch *b) {
-    (void)s, (void)b;  // there is no staging area to empty
+static void read_out(struct space *s, struct move_batch *b) {
+    uint32_t n = 0;
+    for (uint32_t k = 0; k < b->n; k++)
+        for (uint64_t m = move_to_read(&b->w[k]); m; m &= m - 1)
+            memcpy(b->into[n++], staging_at(s->replay, k, __builtin_ctzll(m)), PAGE_SIZE_);
+}
+
+static void drop_out(struct space *s, uint32_t windows) {
+    (void)s, (void)windows;  // what is in staging is never looked at again
 }
 
 // Which child a fork event means: its eventfd stands where the kernel puts the new userfaultfd.
@@ -349,6 +369,7 @@ static const struct source_ops replay_ops = {.read = read_messages,
                                              .wake = wake,
                                              .poison = poison,
                                              .move_out = move_out,
+                                             .read_out = read_out,
                                              .drop_out = drop_out,
                                              .forked = forked,
                                              .gone = gone,

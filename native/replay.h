@@ -28,6 +28,7 @@ struct edm_replay {
     _Atomic int refs;     // the caller's handle, and the space
     uint64_t pages, present;
     uint8_t *arena, *bits;
+    uint8_t *staging;                // where pages move to
     struct waiter *faults, *events;  // oldest first
     uint32_t changing;               // address-space changes under way: mmap_changing in fs/userfaultfd.c
     int readable;                    // eventfd

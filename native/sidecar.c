@@ -102,29 +102,6 @@ static bool staging_present(struct space *s, uint32_t window, uint64_t *present)
     return true;
 }
 
-// Read runs of pages of one window out of staging.
-static bool staging_read(struct space *s, uint32_t window, uint64_t mask, uint8_t *data) {
-    struct iovec local[LEAF_PAGES], remote[LEAF_PAGES];
-    unsigned long n = 0;
-    size_t bytes = 0;
-    while (mask) {
-        int from = __builtin_ctzll(mask);
-        uint64_t rest = ~(mask >> from);
-        int length = rest ? __builtin_ctzll(rest) : LEAF_PAGES - from;
-        local[n] = (struct iovec){data + (size_t)from * PAGE_SIZE_, (size_t)length * PAGE_SIZE_};
-        remote[n] = (struct iovec){(void *)(uintptr_t)(staging_of(s, window) + (size_t)from * PAGE_SIZE_),
-                                   (size_t)length * PAGE_SIZE_};
-        bytes += (size_t)length * PAGE_SIZE_;
-        n++;
-        mask = length + from >= LEAF_PAGES ? 0 : mask >> (from + length) << (from + length);
-    }
-    if (!n)
-        return true;
-    // The sidecar has the same memory and outlives the program's own threads; either will do.
-    return process_vm_readv(s->sidecar_pid, local, n, remote, n, 0) == (ssize_t)bytes ||
-           process_vm_readv(s->pid, local, n, remote, n, 0) == (ssize_t)bytes;
-}
-
 // Pages have left the program and cannot be read: stopping it is the only way it never sees other bytes.
 static void stop_program(struct space *s, const char *why) {
     engine_error(s->engine, "process %d is stopped: %s", s->pid, why);
@@ -141,6 +118,7 @@ int sidecar_move_out(struct space *s, struct move_batch *b) {
     for (uint32_t k = 0; k < b->n; k++) {
         c->window[k].src = b->w[k].base << PAGE_SHIFT;
         c->window[k].mask = b->w[k].mask;
+        c->window[k].pass = b->w[k].pass;
         c->window[k].keep = b->w[k].clean;
         c->window[k].busy = 0;
         c->window[k].error = 0;
@@ -161,34 +139,84 @@ int sidecar_move_out(struct space *s, struct move_batch *b) {
                 stop_program(s, "its staging area cannot be looked at");
             continue;
         }
-        w->moved = present & w->mask;
+        w->moved = present;
         w->busy = c->window[k].busy & w->mask & ~w->moved;
         if (c->window[k].error == EAGAIN || c->window[k].error == ESTALE)
             result = -EAGAIN;
-        if (!staging_read(s, k, w->moved & ~w->clean, b->data + (size_t)k * LEAF_PAGES * PAGE_SIZE_) &&
-            !pidfd_dead(s->pidfd))
-            stop_program(s, "its staging area cannot be read");
     }
     return result;
 }
 
-// Empty staging. The kernel reports the drop as events that a fault worker must read, so the lock is not held and no
-// batch is under way while the LPET waits here.
-void sidecar_drop_out(struct space *s, struct move_batch *b) {
-    pthread_mutex_lock(&s->engine->mu);
-    uint32_t drop = 0;
+// What moved, as runs of pages in staging.
+static unsigned long staging_runs(const struct space *s, const struct move_batch *b, struct iovec *run) {
+    unsigned long n = 0;
     for (uint32_t k = 0; k < b->n; k++)
-        if (b->w[k].moved)
-            drop |= 1u << k;
-    if (drop && s->ctl && !s->dead) {
-        s->ctl->n = 0;
-        s->ctl->drop = drop;
-        post(s, EDM_OP_MOVE);
-    } else {
-        drop = 0;
+        for (uint64_t m = move_to_read(&b->w[k]); m;) {
+            int from = __builtin_ctzll(m);
+            uint64_t rest = ~(m >> from);
+            int length = rest ? __builtin_ctzll(rest) : LEAF_PAGES - from;
+            run[n++] = (struct iovec){(void *)(uintptr_t)(staging_of(s, k) + (size_t)from * PAGE_SIZE_),
+                                      (size_t)length * PAGE_SIZE_};
+            m = length + from >= LEAF_PAGES ? 0 : m >> (from + length) << (from + length);
+        }
+    return n;
+}
+
+// The sidecar has the same memory as the program and outlives its threads; either will do.
+static bool read_from_either(struct space *s, struct iovec *to, unsigned long n, struct iovec *from, unsigned long m) {
+    ssize_t bytes = (ssize_t)n * (ssize_t)PAGE_SIZE_;
+    return process_vm_readv(s->sidecar_pid, to, n, from, m, 0) == bytes ||
+           process_vm_readv(s->pid, to, n, from, m, 0) == bytes;
+}
+
+#define READ_PAGES 512  // in one call; the kernel takes 1024 pieces
+
+void sidecar_read_out(struct space *s, struct move_batch *b) {
+    struct iovec run[EDM_WINDOWS * LEAF_PAGES / 2], to[READ_PAGES];
+    unsigned long runs = staging_runs(s, b, run), at = 0;
+    for (uint32_t done = 0; done < b->nread;) {
+        // As many pages as one call takes: the last run may be cut.
+        unsigned long first = at;
+        uint32_t n = 0;
+        size_t cut = 0;
+        while (at < runs && n < READ_PAGES) {
+            uint32_t pages = (uint32_t)(run[at].iov_len / PAGE_SIZE_);
+            if (n + pages > READ_PAGES) {
+                cut = (size_t)(READ_PAGES - n) * PAGE_SIZE_;
+                n = READ_PAGES;
+                break;
+            }
+            n += pages;
+            at++;
+        }
+        for (uint32_t i = 0; i < n; i++)
+            to[i] = (struct iovec){b->into[done + i], PAGE_SIZE_};
+        struct iovec rest = {0};
+        if (cut) {
+            rest = (struct iovec){(char *)run[at].iov_base + cut, run[at].iov_len - cut};
+            run[at].iov_len = cut;
+        }
+        if (!read_from_either(s, to, n, run + first, at - first + (cut > 0)) && !pidfd_dead(s->pidfd))
+            stop_program(s, "its staging area cannot be read");
+        if (cut)
+            run[at] = rest;
+        done += n;
     }
-    pthread_mutex_unlock(&s->engine->mu);
-    if (drop && !answered(s, false))
+}
+
+// Empty staging. The kernel reports the drop as an event that a fault worker must read, and a worker may be waiting for
+// the batch to end: so this does not wait, and sidecar_settle is called when no batch is under way.
+void sidecar_drop_out(struct space *s, uint32_t windows) {
+    if (!s->ctl || s->dead || s->sidecar_fd < 0)
+        return;
+    s->ctl->n = 0;
+    s->ctl->drop = windows;
+    s->dropping = true;
+    post(s, EDM_OP_MOVE);
+}
+
+void sidecar_settle(struct space *s) {
+    if (!answered(s, false))
         s->ready = false;
 }
 

@@ -7,8 +7,9 @@
 
 #define EDM_CTL_MAGIC 0x314c5443u /* CTL1 */
 #define EDM_CTL_BYTES (128 * 1024)
-#define EDM_WINDOWS 4 /* staging: 4 windows of 64 pages, 1 MiB */
-#define EDM_STAGING_PAGES (EDM_WINDOWS * 64)
+#define EDM_WINDOWS 64                       /* of 64 pages each */
+#define EDM_STAGING_PAGES (EDM_WINDOWS * 64) /* addresses, most of them empty: a batch is far fewer pages */
+#define EDM_BATCH_PAGES 256                  /* at most so many pages move in one batch */
 #define EDM_SOCK_ENV "EDM_INTERNAL_SOCK"
 
 enum edm_op { EDM_OP_NONE = 0, EDM_OP_MOVE = 1, EDM_OP_EXIT = 2 };
@@ -23,12 +24,13 @@ struct edm_ctl {
     uint32_t lock;
     uint32_t generation;        // counts address-space events read
     uint32_t batch_generation;  // `generation` when the batch was chosen
-    uint32_t drop;              // staging windows to empty first (bitmap)
+    uint32_t drop;              // how many staging windows to empty first
     int32_t app_pid, sidecar_pid, uffd, unused;
     uint64_t staging, anchor, self;
     struct {
         uint64_t src;   // address of the window's first page
         uint64_t mask;  // pages asked for
+        uint64_t pass;  // pages that are not there: one move may reach across them
         uint64_t keep;  // of those: must not be written to (write-protected)
         uint64_t busy;  // out: refused with EBUSY or EINVAL
         int64_t error;  // out: 0, or the errno that ended the window early

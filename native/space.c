@@ -232,7 +232,7 @@ static void fork_entry(struct space *child, struct leaf *cl, const struct lspt_e
     struct edm_engine *g = child->engine;
     struct lspt_entry *ce = &cl->e[page % LEAF_PAGES];
     *ce = *e;
-    ce->flags &= ~PF_WAITED;
+    ce->flags &= ~(PF_WAITED | PF_WRITER);
     switch ((enum page_state)e->state) {
     case PS_RESIDENT:
         entry_resident(child, cl, ce, page);

@@ -121,6 +121,26 @@ static void outbox_fill_evictions(struct edm_engine *g, struct edm_outbox *out) 
     *out = (struct edm_outbox){.kind = EDM_OUT_EVICT, .n = (int32_t)n, .refs = g->out_refs, .pages = g->out_pages};
 }
 
+void edm_outbox_channel(struct edm_engine *g, const void *ops) { g->out_channel = ops; }
+
+// The eviction through the engine's own channel; false: Python is to carry it, and to say what was wrong.
+static bool evict_here(struct edm_engine *g, const struct edm_outbox *out) {
+    const struct edm_channel_ops *c = g->out_channel;
+    if (!c || out->kind != EDM_OUT_EVICT)
+        return false;
+    pthread_mutex_unlock(&g->mu);
+    bool carried = c->evict(c->self, out->refs, (uint32_t)out->n, out->pages) == 0;
+    for (int i = 0; i < out->n && carried; i++)
+        carried = out->refs[i].status == 0;
+    if (carried)
+        edm_outbox_done(g, out);
+    else
+        for (int i = 0; i < out->n; i++)
+            out->refs[i].status = 1;
+    pthread_mutex_lock(&g->mu);
+    return carried;
+}
+
 static bool outbox_due(struct edm_engine *g) {
     if (!g->head)
         return false;
@@ -156,6 +176,8 @@ int edm_outbox_poll(struct edm_engine *g, struct edm_outbox *out, int timeout_us
                 out->b = o->b;
                 out->c = o->c;
             }
+            if (evict_here(g, out))
+                continue;
             result = 1;
             break;
         }

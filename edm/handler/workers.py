@@ -15,6 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from edm.errors import EdmError, TransportError, TransportTimeout
+from edm.interfaces import TakesTables
+from edm.ops import CHANNEL, address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 POLL_US: Final = 200_000
 RETRY_S: Final = (0.0, 0.01, 0.05, 0.2, 0.5)
 WARN_EVERY_S: Final = 5.0
+CHANNEL_BYTES: Final = 32
+"""sizeof(struct edm_channel_ops)."""
 
 
 class Workers:
@@ -91,6 +95,8 @@ class Workers:
             os.sched_setaffinity(0, self._cpus)
         source, channel = self._source, self._transport.connect()
         poll, resolve, batch, fetch = source.poll_faults, source.resolve, source.fault_batch, channel.fetch
+        if isinstance(source, TakesTables) and (table := address_of(channel, CHANNEL, CHANNEL_BYTES)):
+            source.use_channel(worker, table)
         while (count := poll(worker, POLL_US)) >= 0:
             if count == 0:
                 continue
@@ -104,6 +110,9 @@ class Workers:
 
     def _carry_outbox(self) -> None:
         channel = self._transport.connect()
+        source = self._source
+        if isinstance(source, TakesTables) and (table := address_of(channel, CHANNEL, CHANNEL_BYTES)):
+            source.use_write_back_channel(table)
         refused = 0
         while True:
             try:

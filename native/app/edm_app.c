@@ -28,7 +28,6 @@
 #include "../uffd_abi.h"
 
 #define PAGE 4096ul
-#define RUN_PAGES 32  // one UFFDIO_MOVE: the engine may wait this long to read the uffd
 #define SIDECAR_STACK (16 * 1024)
 #define MID_STACK (16 * 1024)
 #ifndef MADV_POPULATE_WRITE
@@ -124,20 +123,28 @@ static bool side_unshare(struct edm_ctl *c, uint32_t k, int page) {
 static long side_move(struct edm_ctl *c, uint32_t k, int from, int count) {
     uint64_t staging = c->staging + (uint64_t)k * 64 * PAGE;
     bool unshared = false;
+    int most = 64;
     while (count > 0) {
         long error;
         uint64_t src = c->window[k].src + (uint64_t)from * PAGE;
-        long n = side_move_run(c, staging + (uint64_t)from * PAGE, src, count < RUN_PAGES ? count : RUN_PAGES, &error);
+        int run = count < most ? count : most;
+        long n = side_move_run(c, staging + (uint64_t)from * PAGE, src, run, &error);
         from += (int)n;
         count -= (int)n;
-        if (n)
+        if (n) {
             unshared = false;
+            most = 64;
+        }
         if (!error)
             continue;
         if (error == EAGAIN && n)
             continue;
         if (error == EAGAIN || error == ESTALE || error == ENOMEM || error == ESRCH)
             return error;
+        if (error == EINVAL && run > 1) {  // the end of a mapping lies in the run
+            most = run / 2;
+            continue;
+        }
         if (error == EBUSY && !unshared && side_unshare(c, k, from)) {
             unshared = true;
             continue;
@@ -150,24 +157,29 @@ static long side_move(struct edm_ctl *c, uint32_t k, int from, int count) {
     return 0;
 }
 
+// The bits of one run of a mask that begins at `from`.
+static uint64_t run_at(uint64_t mask, int from) {
+    uint64_t rest = ~(mask >> from);
+    int count = rest ? __builtin_ctzll(rest) : 64;
+    return (count >= 64 ? ~0ull : (1ull << count) - 1) << from;
+}
+
 static void side_batch(struct edm_ctl *c) {
-    for (uint32_t k = 0; k < EDM_WINDOWS; k++)
-        if (c->drop & 1u << k)
-            CALL(SYS_madvise, c->staging + (uint64_t)k * 64 * PAGE, 64 * PAGE, MADV_DONTNEED);
+    if (c->drop)  // in one call: each raises an event that a fault worker must read
+        CALL(SYS_madvise, c->staging, (uint64_t)c->drop * 64 * PAGE, MADV_DONTNEED);
     for (uint32_t k = 0; k < c->n && k < EDM_WINDOWS; k++) {
         uint64_t mask = c->window[k].mask;
         while (mask) {
             int from = __builtin_ctzll(mask);
-            uint64_t rest = ~(mask >> from);
-            int count = rest ? __builtin_ctzll(rest) : 64 - from;
-            if (count > 64 - from)
-                count = 64 - from;
-            long error = side_move(c, k, from, count);
+            // Across holes as far as the last page asked for: one call and one TLB flush instead of one a stretch.
+            uint64_t run = run_at(mask | c->window[k].pass, from) & mask;
+            int last = 63 - __builtin_clzll(run);
+            long error = side_move(c, k, from, last - from + 1);
             if (error) {
                 c->window[k].error = error;
                 return;
             }
-            mask = from + count >= 64 ? 0 : mask >> (from + count) << (from + count);
+            mask &= ~run;
         }
     }
 }

@@ -9,7 +9,7 @@
 struct scenario {
     const char *name;
     uint32_t threads, workers, budget, buffer, ops;
-    bool track, ask, structural, fork, pins;
+    bool track, ask, structural, fork, pins, in_c;
     uint32_t refuse, error, corrupt, fetch_us, evict_us;
 };
 
@@ -20,6 +20,16 @@ static const struct scenario scenarios[] = {
     {.name = "no tracking", .threads = 4, .workers = 2, .budget = 32, .buffer = 64, .ops = 3000},
     {.name = "asking", .threads = 4, .workers = 2, .budget = 24, .buffer = 16, .ops = 1500, .ask = true, .track = true},
     {.name = "no budget", .threads = 4, .workers = 2, .buffer = 16, .ops = 2000, .track = true, .structural = true},
+    {.name = "called through a table",
+     .threads = 4,
+     .workers = 2,
+     .budget = 32,
+     .buffer = 24,
+     .ops = 2000,
+     .track = true,
+     .structural = true,
+     .refuse = 50,
+     .in_c = true},
     {.name = "slow server",
      .threads = 6,
      .workers = 3,
@@ -276,6 +286,7 @@ static void play_scenario(const struct scenario *sc, uint64_t seed, uint32_t lon
     struct run run = {.sc = sc, .pages = (uint64_t)sc->threads * BLOCK + SHARED_PAGES};
     struct toy_dms dms = {.pages = run.pages,
                           .refuse = sc->refuse,
+                          .in_c = sc->in_c,
                           .error = sc->error,
                           .corrupt = sc->corrupt,
                           .fetch_us = sc->fetch_us,

@@ -30,6 +30,8 @@ struct toy_dms {
     _Atomic bool hold;            // answers no eviction
     _Atomic bool hold_fetch;      // answers no fetch
     _Atomic uint32_t held_fetches, held_evictions;
+    bool in_c;  // the engine calls it through a table
+    struct edm_channel_ops channel;
     uint64_t drops, clones, moves;
     pthread_t worker[TOY_WORKERS], write_back;
     int workers;
@@ -151,6 +153,36 @@ static void toy_hold(_Atomic bool *hold, _Atomic uint32_t *held) {
     atomic_fetch_sub(held, 1);
 }
 
+// The same server as a C table. One call in eight says that it cannot, and then the thread does it.
+static bool toy_declines(void) {
+    static _Atomic uint32_t calls;
+    return atomic_fetch_add(&calls, 1) % 8 == 7;
+}
+
+static int toy_channel_fetch(void *dms, struct edm_page_ref *refs, uint32_t n, void *into) {
+    struct toy_dms *d = dms;
+    uint64_t random = 55;
+    if (toy_declines())
+        return -EAGAIN;
+    pthread_mutex_lock(&d->mu);
+    for (uint32_t i = 0; i < n; i++)
+        toy_fetch(d, &refs[i], (uint8_t *)into + (size_t)i * PAGE_SIZE_, &random);
+    pthread_mutex_unlock(&d->mu);
+    return 0;
+}
+
+static int toy_channel_evict(void *dms, struct edm_page_ref *refs, uint32_t n, const void *pages) {
+    struct toy_dms *d = dms;
+    uint64_t random = 66;
+    if (toy_declines())
+        return -EAGAIN;
+    pthread_mutex_lock(&d->mu);
+    for (uint32_t i = 0; i < n; i++)
+        toy_evict(d, &refs[i], (const uint8_t *)pages + (size_t)i * PAGE_SIZE_, &random);
+    pthread_mutex_unlock(&d->mu);
+    return 0;
+}
+
 static void *toy_worker_thread(void *argument) {
     struct toy_worker w = *(struct toy_worker *)argument;
     struct toy_dms *d = w.dms;
@@ -199,7 +231,14 @@ static void toy_start(struct toy_dms *d, struct edm_engine *g, int workers) {
     pthread_mutex_init(&d->mu, NULL);
     d->engine = g;
     d->workers = workers;
+    d->channel = (struct edm_channel_ops){
+        EDM_OPS_VERSION, sizeof d->channel, d, toy_channel_fetch, toy_channel_evict,
+    };
+    if (d->in_c)
+        edm_outbox_channel(g, &d->channel);
     for (int i = 0; i < workers; i++) {
+        if (d->in_c)
+            edm_worker_channel(g, i, &d->channel);
         struct toy_worker *w = xcalloc(1, sizeof *w);
         *w = (struct toy_worker){d, i};
         CHECK(pthread_create(&d->worker[i], NULL, toy_worker_thread, w) == 0);

@@ -1,0 +1,171 @@
+// One batch of the LPET: pages move to staging, are read into the write-back buffer, and the table follows. The
+// engine's lock is let go while the kernel works; the leaves concerned are marked, and what faults in them waits.
+#include "engine.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "crc32c.h"
+
+// What a batch may bring: the pages asked for, and those that had come between them meanwhile.
+#define MOST_READ (EDM_WINDOWS * LEAF_PAGES)
+
+struct move_batch *batch_new(void) {
+    struct move_batch *b = calloc(1, sizeof *b);
+    if (!b)
+        return NULL;
+    b->into = calloc(MOST_READ, sizeof *b->into);
+    b->slot = calloc(MOST_READ, sizeof *b->slot);
+    b->check = calloc(MOST_READ, sizeof *b->check);
+    if (b->into && b->slot && b->check)
+        return b;
+    batch_free(b);
+    return NULL;
+}
+
+void batch_free(struct move_batch *b) {
+    if (!b)
+        return;
+    free(b->into);
+    free(b->slot);
+    free(b->check);
+    free(b);
+}
+
+static bool all_zero(const uint8_t *page) { return page[0] == 0 && memcmp(page, page + 1, PAGE_SIZE_ - 1) == 0; }
+
+// A place in the write-back buffer for each page that must be read. There is room, as the batch was not larger than it;
+// only what had come between the pages asked for may have to wait for the DMS.
+static void slots_reserve(struct edm_engine *g, struct move_batch *b) {
+    b->nread = 0;
+    for (uint32_t k = 0; k < b->n; k++)
+        for (uint64_t m = move_to_read(&b->w[k]); m; m &= m - 1) {
+            int slot;
+            while ((slot = write_slot_get(g)) < 0) {
+                pthread_cond_signal(&g->outbox_wake);
+                pthread_cond_wait(&g->lpet_wake, &g->mu);
+            }
+            b->slot[b->nread] = (uint32_t)slot;
+            b->into[b->nread++] = write_slot_data(g, (uint32_t)slot);
+        }
+}
+
+static void forget_clean(struct edm_engine *g, struct lspt_entry *e) {
+    e->state = PS_REMOTE;
+    e->flags = PF_STORED;
+    g->count.remote++;
+    g->count.evicted_clean++;
+}
+
+// A page has left the program: it stays in the write-back buffer until the DMS has it, unless there is nothing to
+// store.
+static void stage(struct edm_engine *g, struct leaf *l, int i, uint32_t slot, uint32_t checksum) {
+    struct lspt_entry *e = &l->e[i];
+    uint8_t stored = e->flags & PF_STORED;
+    if (!stored && !g->cfg.ask && all_zero(write_slot_data(g, slot))) {
+        write_slot_put(g, slot);
+        e->state = PS_NEW;
+        e->flags = 0;
+        g->count.evicted_zero++;
+        return;
+    }
+    uint32_t id = outbox_push(g, EDM_OUT_EVICT, l->space);
+    struct outbox_item *o = outbox_item_at(g, id);
+    o->page = o->a = l->base + (uint64_t)i;
+    o->version = ++g->version;
+    o->checksum = checksum;
+    o->slot = slot;
+    e->state = PS_STAGED;
+    e->where = id;
+    e->flags = stored;
+}
+
+// A page that did not move.
+static void stays(struct edm_engine *g, struct leaf *l, const struct move_window *w, int i) {
+    struct lspt_entry *e = &l->e[i];
+    uint64_t bit = 1ull << i;
+    e->state = PS_RESIDENT;
+    if ((w->busy & w->clean & bit) && l->space->ops->unprotect(l->space, l->base + (uint64_t)i) == 0) {
+        // Shared since a fork, and write-protected: as a dirty page it can be unshared and moved next time.
+        e->flags &= ~PF_CLEAN;
+    } else if (w->busy & bit) {
+        l->refused |= bit;
+        l->refused_at = (uint32_t)(now_ns() / 1000000u);
+        g->count.move_refused++;
+    }
+}
+
+static void faults_resume(struct edm_engine *g, struct leaf *l, uint64_t waited, uint64_t writers) {
+    for (; waited; waited &= waited - 1) {
+        int i = __builtin_ctzll(waited);
+        uint32_t flags = writers & 1ull << i ? UFFD_PAGEFAULT_FLAG_WRITE : 0;
+        if (l->e[i].state == PS_RESIDENT)
+            flags |= UFFD_PAGEFAULT_FLAG_WP;
+        fault_take(g, -1, (struct fault){l->space, l->base + (uint64_t)i, flags});
+    }
+}
+
+static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_t k, uint32_t *read) {
+    struct move_window *w = &b->w[k];
+    struct leaf *l = w->leaf;
+    uint64_t waited = 0, writers = 0;
+    for (int i = 0; i < LEAF_PAGES; i++) {
+        uint64_t bit = 1ull << i;
+        struct lspt_entry *e = &l->e[i];
+        if (e->flags & PF_WAITED)
+            waited |= bit;
+        if (e->flags & PF_WRITER)
+            writers |= bit;
+        e->flags &= ~(PF_WAITED | PF_WRITER);
+        if (w->moved & bit) {
+            entry_leave(l, e);
+            g->count.evictions++;
+            e->where = 0;
+            if (w->clean & bit) {
+                forget_clean(g, e);
+            } else {
+                stage(g, l, i, b->slot[*read], b->check[*read]);
+                ++*read;
+            }
+        } else if (w->mask & bit) {
+            stays(g, l, w, i);
+        }
+    }
+    l->moving = false;
+    if (!l->resident)
+        leaf_unlist(g, l);
+    faults_resume(g, l, waited, writers);
+    return (uint64_t)__builtin_popcountll(w->moved);
+}
+
+// Move the batch out of its space; returns pages freed. Called and left with the lock held.
+uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batch *b) {
+    s->batch_busy = true;
+    b->generation = s->generation;
+    s->refs++;
+    for (uint32_t k = 0; k < b->n; k++)
+        b->w[k].leaf->moving = true;
+    pthread_mutex_unlock(&g->mu);
+    int r = s->ops->move_out(s, b);
+    pthread_mutex_lock(&g->mu);
+    if (r == -EAGAIN)
+        g->count.move_again++;
+    slots_reserve(g, b);
+    pthread_mutex_unlock(&g->mu);
+    if (b->nread)
+        s->ops->read_out(s, b);
+    for (uint32_t i = 0; i < b->nread; i++)
+        b->check[i] = edm_crc32c(b->into[i], PAGE_SIZE_);
+    pthread_mutex_lock(&g->mu);
+    uint64_t freed = 0;
+    uint32_t read = 0;
+    for (uint32_t k = 0; k < b->n; k++)
+        freed += window_apply(g, b, k, &read);
+    s->batch_busy = false;
+    if (freed)
+        s->ops->drop_out(s, b->n);
+    pthread_cond_broadcast(&s->idle);
+    space_unref(s);
+    return freed;
+}

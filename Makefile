@@ -67,13 +67,14 @@ demo: native
 	$(BIN)/python examples/demo.py
 
 bench: native
+	$(BIN)/edm bench
 	@set -e; for file in benchmarks/*/bench_*.py benchmarks/bench_*.py; do \
 	  if [ -e "$$file" ]; then echo "== $$file"; $(BIN)/python "$$file"; fi; done
 
 docs: native
 	$(BIN)/python docs/generate.py
 
-C_FILES := $(wildcard native/*.[ch] native/app/*.[ch] native/tests/*.[ch])
+C_FILES := $(wildcard native/*.[ch] native/app/*.[ch] native/bench/*.[ch] native/bench/*.cpp native/tests/*.[ch])
 
 lint: setup
 	$(BIN)/ruff check .

@@ -55,6 +55,8 @@ class Engine:
                 "low_pages": settings.low_pages,
                 "write_back_pages": settings.write_back_pages,
                 "sweep_us": int(settings.sweep_ms * 1000),
+                "spin_us": settings.spin_us,
+                "ahead_pages": settings.ahead_pages,
                 "track_writes": settings.track_writes,
                 "ask": settings.ask,
                 "record_pfn": settings.record_pfn,
@@ -89,7 +91,7 @@ class Engine:
         raise NativeError(-count, "edm_poll")
 
     def use_channel(self, worker: int, table: int) -> None:
-        """Let a worker fetch by itself through the C table ("edm.channel_ops") at that address; before its first poll."""
+        """Let a worker fetch by itself through the C table "edm.channel_ops" at that address; before its first poll."""
         lib.edm_worker_channel(self.native, worker, ffi.cast("void *", table))
 
     def use_write_back_channel(self, table: int) -> None:

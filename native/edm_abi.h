@@ -30,6 +30,7 @@ struct edm_engine_config {
     uint64_t write_back_pages; /* size of the write-back buffer; 0: 256 */
     uint32_t sweep_us;         /* longest time between two looks at a program's mappings */
     uint32_t spin_us;          /* a fault worker spins this long before it sleeps */
+    uint32_t ahead_pages;      /* at most so many pages are brought ahead of a fault; 0: none, 63 at most */
     uint8_t track_writes;      /* write-protect pages restored by a read; clean ones are dropped without a write */
     uint8_t ask;               /* ask the DMS for pages known to be new as well */
     uint8_t record_pfn;        /* note each resident page's frame number, where this process may read it */
@@ -71,6 +72,8 @@ struct edm_counters {
     uint64_t high_pages;
     uint64_t low_pages;
     uint64_t lspt_bytes;
+    uint64_t ahead;           /* pages brought ahead whose stream has been heard of again or given up */
+    uint64_t ahead_useful;    /* … of those, the stream went on behind them */
     uint64_t internal_errors; /* states that should not occur; the first is in edm_error */
 };
 

@@ -48,6 +48,10 @@ void engine_kick(struct edm_engine *g) {
 }
 
 void queue_push(struct fault_queue *q, struct space *s, uint64_t page, uint32_t flags) {
+    queue_fault(q, (struct fault){s, page, flags, 0});
+}
+
+void queue_fault(struct fault_queue *q, struct fault f) {
     if (q->n == q->cap) {
         uint32_t cap = q->cap ? q->cap * 2 : 64;
         struct fault *v = xcalloc(cap, sizeof *v);
@@ -58,8 +62,8 @@ void queue_push(struct fault_queue *q, struct space *s, uint64_t page, uint32_t 
         q->cap = cap;
         q->head = 0;
     }
-    q->v[(q->head + q->n++) % q->cap] = (struct fault){s, page, flags};
-    s->refs++;
+    q->v[(q->head + q->n++) % q->cap] = f;
+    f.space->refs++;
 }
 
 // The caller takes over the queue's reference to the space.
@@ -84,6 +88,7 @@ struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
         return NULL;
     g->cfg = *config;
     g->listen_fd = g->dev_fd = -1;
+    g->home = g->lpet_cpu = g->out_cpu = -1;
     g->epoll = epoll_create1(EPOLL_CLOEXEC);
     g->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = NULL};

@@ -16,6 +16,7 @@
 #include "edm_abi.h"
 #include "edm_ops.h"
 #include "sidecar.h"
+#include "streams.h"
 
 #define PAGE_SHIFT 12
 #define PAGE_SIZE_ 4096ul
@@ -138,8 +139,9 @@ static inline uint64_t move_to_read(const struct move_window *w) { return w->mov
 // Every call returns 0, or a negative errno that the caller decides on.
 struct source_ops {
     int (*read)(struct space *s, struct uffd_msg *msgs, int max);  // number read; -EAGAIN: none
-    int (*zero)(struct space *s, uint64_t page);
-    int (*copy)(struct space *s, uint64_t page, const void *data, bool protect);
+    // Pages in a row; how many were done, or a negative errno if none was.
+    int (*zero)(struct space *s, uint64_t page, uint32_t count);
+    int (*copy)(struct space *s, uint64_t page, uint32_t count, const void *data, bool protect);
     int (*unprotect)(struct space *s, uint64_t page);
     int (*wake)(struct space *s, uint64_t page, uint64_t count);
     int (*poison)(struct space *s, uint64_t page);
@@ -175,6 +177,7 @@ struct space {
     bool applying;        // events have been read and not yet applied: nothing else may touch the table
     pthread_cond_t idle;  // batch_busy, draining or applying fell, or the space died
     // uffd
+    int sidecar_cpu;  // where it was put; -1: nowhere in particular
     int uffd, pid, pidfd, sidecar_pid, sidecar_fd, pagemap_fd, statm_fd;
     uint32_t generation;  // address-space events read so far
     uint32_t request;     // sidecar requests so far
@@ -182,6 +185,10 @@ struct space {
     uint64_t staging, anchor;
     uint64_t vsz, changed_ns, swept_ns;
     bool sweep_soon;
+    struct streams streams;
+    // Of pages installed write-protected, how many were then written to: where most are, protecting them only costs.
+    uint32_t protects, protects_in_vain, unprotected;
+    bool writes_follow;
     // replay
     struct edm_replay *replay;
 };
@@ -189,9 +196,11 @@ struct space {
 struct fault {
     struct space *space;
     uint64_t page;
-    uint32_t flags;  // UFFD_PAGEFAULT_FLAG_*, and from FAULT_TRY on how often it was fetched in vain
+    uint32_t flags;   // UFFD_PAGEFAULT_FLAG_*, FAULT_AHEAD, and from FAULT_TRY on how often it was fetched in vain
+    uint32_t thread;  // that faulted; 0: not known, or its stream has been told already
 };
 
+#define FAULT_AHEAD 0x80u  // nobody has asked for it yet
 #define FAULT_TRY 0x100u
 
 struct fault_queue {
@@ -220,7 +229,7 @@ struct fetch_slot {
     struct space *space;
     uint64_t page, version;
     uint32_t checksum, flags, next_free;
-    bool used, cancelled;
+    bool used, cancelled, protect;
 };
 
 struct worker {
@@ -229,8 +238,10 @@ struct worker {
     uint8_t *pages;
     uint32_t slot[MAX_FETCH];
     uint32_t n;
-    uint32_t faults;    // since the faulting thread's CPU was last looked at
-    int cpu, seen_cpu;  // where this worker is, and where it saw the program last; -1: anywhere
+    uint64_t served_ns;  // when it last had something to do
+    uint32_t faults;     // since the faulting thread's CPU was last looked at
+    int cpu, seen_cpu;   // where this worker is, and where it saw the program last; -1: anywhere
+    uint32_t seen;       // how often in a row
 };
 
 struct edm_engine {
@@ -285,6 +296,8 @@ struct edm_engine {
     pthread_t lpet, capture;
     bool lpet_running, capture_running;
     struct move_batch *batch;  // the LPET's
+    _Atomic int home;          // CPU where the engine's threads are to run; -1: anywhere
+    int lpet_cpu, out_cpu;
     int listen_fd, dev_fd;
     int handshakes;
     pthread_cond_t handshake_done;
@@ -295,6 +308,7 @@ uint64_t now_ns(void);
 void engine_error(struct edm_engine *g, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void engine_kick(struct edm_engine *g);
 void queue_push(struct fault_queue *q, struct space *s, uint64_t page, uint32_t flags);
+void queue_fault(struct fault_queue *q, struct fault f);
 bool queue_pop(struct fault_queue *q, struct fault *out);
 void *xcalloc(size_t n, size_t size);
 void *xrealloc(void *p, size_t size);
@@ -318,8 +332,16 @@ void space_read(struct edm_engine *g, struct space *s, int worker);
 
 // ---- faults.c [5, 12-15]
 void fault_take(struct edm_engine *g, int worker, struct fault f);
+bool fetch_ask(struct edm_engine *g, struct worker *w, struct space *s, uint64_t page, struct lspt_entry *e,
+               uint32_t flags, bool protect);
 void fetch_cancel(struct edm_engine *g, uint32_t slot);
+void thread_home(struct edm_engine *g, int *cpu);
+void sidecar_home(struct space *s);
 void worker_follow(struct edm_engine *g, int worker, int tid);
+
+// ---- ahead.c
+void ahead_fetch(struct edm_engine *g, struct worker *w, struct fault f);
+void ahead_fill(struct edm_engine *g, struct fault f);
 
 // ---- writeback.c
 int write_slot_get(struct edm_engine *g);

@@ -86,10 +86,11 @@ void space_read(struct edm_engine *g, struct space *s, int worker) {
         if (m[i].event != UFFD_EVENT_PAGEFAULT)
             continue;
         g->count.faults++;
-        if (s->pid <= 0)
+        if (s->pid <= 0 && s->ops == &uffd_ops)
             s->pid = (int)m[i].arg.pagefault.feat.ptid;
         worker_follow(g, worker, (int)m[i].arg.pagefault.feat.ptid);
-        struct fault f = {s, page_of(m[i].arg.pagefault.address), (uint32_t)m[i].arg.pagefault.flags};
+        struct fault f = {s, page_of(m[i].arg.pagefault.address), (uint32_t)m[i].arg.pagefault.flags,
+                          m[i].arg.pagefault.feat.ptid};
         fault_take(g, worker, f);
     }
     space_unref(s);

@@ -3,6 +3,7 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -10,6 +11,7 @@
 #include "crc32c.h"
 
 #define MAX_TRIES 4
+#define SPIN_WORTH 4  // spinning is given up when no fault came for so many times its length
 
 static bool room(const struct edm_engine *g) { return !g->limit || g->resident + g->inbound < g->limit + g->grace; }
 
@@ -38,7 +40,7 @@ static bool settle(struct edm_engine *g, struct fault f, int r, const char *call
     switch (r) {
     case -EAGAIN:  // an address-space event is on its way: the fault is looked at again after it
         g->count.again++;
-        queue_push(&g->retry, f.space, f.page, f.flags);
+        queue_fault(&g->retry, f);
         return true;
     case -ENOENT:  // nothing registered there any more: let the thread look again for itself
     case -EINVAL:
@@ -54,8 +56,11 @@ static bool settle(struct edm_engine *g, struct fault f, int r, const char *call
 }
 
 static void take_new(struct edm_engine *g, struct fault f, bool believed_resident) {
-    int r = f.space->ops->zero(f.space, f.page);
-    if (r == 0) {
+    if (!believed_resident)
+        ahead_fill(g, f);
+    f.thread = 0;
+    int r = f.space->ops->zero(f.space, f.page, 1);
+    if (r == 1) {
         g->count.zero_fills++;
         installed(g, f.space, f.page, 0);
     } else if (r == -EEXIST) {
@@ -73,6 +78,7 @@ static void take_protected(struct edm_engine *g, struct fault f, struct lspt_ent
     int r = f.space->ops->unprotect(f.space, f.page);
     if (r == 0) {
         g->count.write_protects++;
+        f.space->protects_in_vain++;
         e->flags &= ~PF_CLEAN;
     } else {
         settle(g, f, r, "unprotect");
@@ -82,8 +88,8 @@ static void take_protected(struct edm_engine *g, struct fault f, struct lspt_ent
 static void take_staged(struct edm_engine *g, struct fault f, struct lspt_entry *e) {
     uint64_t id = e->where;
     struct outbox_item *o = outbox_item_at(g, id);
-    int r = f.space->ops->copy(f.space, f.page, write_slot_data(g, o->slot), false);
-    if (r == 0) {
+    int r = f.space->ops->copy(f.space, f.page, 1, write_slot_data(g, o->slot), false);
+    if (r == 1) {
         uint8_t flags = (e->flags & PF_STORED) | (o->state == OB_SENT ? PF_STORED : 0);
         g->count.rescues++;
         outbox_cancel(g, id);
@@ -113,36 +119,63 @@ static void fetch_slot_put(struct edm_engine *g, uint32_t i) {
 
 void fetch_cancel(struct edm_engine *g, uint32_t slot) { g->fetch[slot].cancelled = true; }
 
-// Ask the DMS: into this worker's batch, or to the next free worker where there is none, or no place.
-static void take_remote(struct edm_engine *g, int worker, struct fault f, struct lspt_entry *e) {
-    if (f.space->barrier > g->done_seq) {
-        queue_push(&g->retry, f.space, f.page, f.flags);
-        return;
+#define PROTECTS_JUDGED 256
+#define UNPROTECTED_SAMPLE 16  // where writes follow, one fault in so many protects all the same, to notice a change
+
+// Whether what a fault brings is to be installed write-protected, so that it can be dropped while it stays clean.
+static bool protect_wanted(struct edm_engine *g, struct space *s, uint32_t flags) {
+    if (!g->cfg.track_writes || flags & UFFD_PAGEFAULT_FLAG_WRITE)
+        return false;
+    if (s->writes_follow && ++s->unprotected % UNPROTECTED_SAMPLE)
+        return false;
+    if (++s->protects >= PROTECTS_JUDGED) {
+        s->writes_follow = s->protects_in_vain * 2 > s->protects;
+        s->protects = s->protects_in_vain = 0;
     }
-    struct worker *w = worker >= 0 ? &g->worker[worker] : NULL;
+    return true;
+}
+
+// Put a page into the worker's batch; false if there is no place.
+bool fetch_ask(struct edm_engine *g, struct worker *w, struct space *s, uint64_t page, struct lspt_entry *e,
+               uint32_t flags, bool protect) {
     int i = w && w->n < MAX_FETCH ? fetch_slot_get(g) : -1;
-    if (i < 0) {
-        queue_push(&g->ready, f.space, f.page, f.flags);
-        if (worker < 0)
-            engine_kick(g);
-        return;
-    }
+    if (i < 0)
+        return false;
     struct fetch_slot *fs = &g->fetch[i];
-    *fs = (struct fetch_slot){.space = f.space,
-                              .page = f.page,
+    *fs = (struct fetch_slot){.space = s,
+                              .page = page,
                               .version = entry_version(e),
                               .checksum = e->checksum,
-                              .flags = f.flags,
-                              .used = true};
-    f.space->refs++;
+                              .flags = flags,
+                              .used = true,
+                              .protect = protect};
+    s->refs++;
     g->inbound++;
     if (e->state == PS_REMOTE)
         g->count.remote--;
     e->state = PS_FETCHING;
     e->where = (uint32_t)i;
     w->refs[w->n] = (struct edm_page_ref){
-        .region = f.space->region, .index = f.page, .version = fs->version, .checksum = fs->checksum, .status = 2};
+        .region = s->region, .index = page, .version = fs->version, .checksum = fs->checksum, .status = 2};
     w->slot[w->n++] = (uint32_t)i;
+    return true;
+}
+
+// Ask the DMS: into this worker's batch, or to the next free worker where there is none, or no place.
+static void take_remote(struct edm_engine *g, int worker, struct fault f, struct lspt_entry *e) {
+    if (f.space->barrier > g->done_seq) {
+        queue_fault(&g->retry, f);
+        return;
+    }
+    struct worker *w = worker >= 0 ? &g->worker[worker] : NULL;
+    if (!fetch_ask(g, w, f.space, f.page, e, f.flags, protect_wanted(g, f.space, f.flags))) {
+        queue_fault(&g->ready, f);
+        if (worker < 0)
+            engine_kick(g);
+        return;
+    }
+    if (!g->cfg.ask)
+        ahead_fetch(g, w, f);
 }
 
 // Decide one fault. Called with the lock held, by fault workers and (worker -1) by the LPET when room has come.
@@ -151,7 +184,7 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
     if (s->dead)
         return;
     if (f.page >= LSPT_MAX_PAGE) {
-        s->ops->zero(s, f.page);
+        s->ops->zero(s, f.page, 1);
         s->ops->wake(s, f.page, 1);
         return;
     }
@@ -170,13 +203,17 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
         return;
     }
     if (state == PS_FETCHING) {
-        if (f.flags & UFFD_PAGEFAULT_FLAG_WRITE)
-            g->fetch[e->where].flags |= UFFD_PAGEFAULT_FLAG_WRITE;
+        struct fetch_slot *fs = &g->fetch[e->where];
+        fs->flags &= ~FAULT_AHEAD;
+        if (f.flags & UFFD_PAGEFAULT_FLAG_WRITE) {
+            fs->flags |= UFFD_PAGEFAULT_FLAG_WRITE;
+            fs->protect = false;
+        }
         return;
     }
     if (!room(g)) {
         g->count.waited++;
-        queue_push(&g->waiting, s, f.page, f.flags);
+        queue_fault(&g->waiting, f);
         pthread_cond_signal(&g->lpet_wake);
         return;
     }
@@ -203,6 +240,8 @@ static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct ls
     struct space *s = fs->space;
     g->count.stale++;
     unfetch(g, e, fs);
+    if (fs->flags & FAULT_AHEAD)
+        return;  // whoever needs it will ask, and be told
     // An answer may be overtaken by a rename in the outbox: ask again, and give up on the page only when the DMS
     // keeps answering so. Then the page is lost: the program gets SIGBUS there, never other bytes.
     if (fs->flags / FAULT_TRY + 1 < MAX_TRIES || s->barrier > g->done_seq) {
@@ -214,16 +253,16 @@ static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct ls
                  (unsigned long)s->region, status);
     int r = s->ops->poison(s, fs->page);
     if (r && r != -EEXIST)
-        settle(g, (struct fault){s, fs->page, fs->flags}, r, "poison");
+        settle(g, (struct fault){s, fs->page, fs->flags, 0}, r, "poison");
 }
 
-// Copy, reading address-space events that stand in the way; 0, or a negative errno that is not EAGAIN's fault.
+// Copy one page, reading address-space events that stand in the way; 1, or a negative errno.
 static int copy_through_events(struct edm_engine *g, struct fetch_slot *fs, const uint8_t *data, bool protect) {
     struct space *s = fs->space;
     for (int tries = 0;; tries++) {
         if (s->dead || fs->cancelled)
             return -ECANCELED;
-        int r = s->ops->copy(s, fs->page, data, protect);
+        int r = s->ops->copy(s, fs->page, 1, data, protect);
         if (r != -EAGAIN || tries == 100)
             return r;
         g->count.again++;
@@ -241,19 +280,19 @@ static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct ed
     struct lspt_entry *e = lspt_entry(&s->lspt, fs->page);
     if (!fs->version && ref->status == 0) {
         unfetch(g, e, fs);
-        take_new(g, (struct fault){s, fs->page, fs->flags}, false);
+        take_new(g, (struct fault){s, fs->page, fs->flags, 0}, false);
         return;
     }
     if (!existing) {
         fetched_wrong(g, fs, e, ref->status);
         return;
     }
-    bool protect = g->cfg.track_writes && !(fs->flags & UFFD_PAGEFAULT_FLAG_WRITE);
+    bool protect = fs->protect;
     int r = copy_through_events(g, fs, data, protect);
     if (r == -ECANCELED)
         return;
     e = lspt_entry(&s->lspt, fs->page);
-    if (r == 0) {
+    if (r == 1) {
         g->count.fetches++;
         e->where = 0;
         installed(g, s, fs->page, PF_STORED | (protect ? PF_CLEAN : 0));
@@ -265,12 +304,69 @@ static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct ed
         s->ops->wake(s, fs->page, 1);
         return;
     }
-    settle(g, (struct fault){s, fs->page, fs->flags}, r, "copy");
+    settle(g, (struct fault){s, fs->page, fs->flags, 0}, r, "copy");
 }
 
 static bool leaf_moving(const struct space *s, uint64_t page) {
     const struct leaf *l = lspt_leaf(&s->lspt, page);
     return l && l->moving;
+}
+
+// The answer is what was asked for, and nothing stands in the way of installing it.
+static bool plain(struct edm_engine *g, const struct worker *w, uint32_t i, const bool *intact) {
+    const struct fetch_slot *fs = &g->fetch[w->slot[i]];
+    const struct edm_page_ref *ref = &w->refs[i];
+    return !fs->cancelled && !fs->space->dead && !fs->space->applying && intact[i] && ref->status == 1 &&
+           ref->version == fs->version && ref->checksum == fs->checksum && !leaf_moving(fs->space, fs->page);
+}
+
+static uint32_t run_length(struct edm_engine *g, const struct worker *w, uint32_t i, const bool *intact) {
+    if (!plain(g, w, i, intact))
+        return 0;
+    const struct fetch_slot *first = &g->fetch[w->slot[i]];
+    uint32_t n = 1;
+    for (; i + n < w->n; n++) {
+        const struct fetch_slot *fs = &g->fetch[w->slot[i + n]];
+        if (fs->space != first->space || fs->page != first->page + n || fs->protect != first->protect ||
+            !plain(g, w, i + n, intact))
+            break;
+    }
+    return n;
+}
+
+// Neighbours in one call; returns how many are there now. What is left is looked at page by page.
+static uint32_t fetched_run(struct edm_engine *g, struct worker *w, uint32_t i, uint32_t n) {
+    const struct fetch_slot *first = &g->fetch[w->slot[i]];
+    struct space *s = first->space;
+    int done = s->ops->copy(s, first->page, n, w->pages + (size_t)i * PAGE_SIZE_, first->protect);
+    for (int k = 0; k < done; k++) {
+        uint64_t page = first->page + (uint64_t)k;
+        struct leaf *l = lspt_leaf(&s->lspt, page);
+        struct lspt_entry *e = &l->e[page % LEAF_PAGES];
+        e->flags = PF_STORED | (first->protect ? PF_CLEAN : 0);
+        entry_arrived(s, l, e, page);
+    }
+    if (done <= 0)
+        return 0;
+    g->count.fetches += (uint64_t)done;
+    remember_recent(g, s, first->page);
+    for (int k = 0; k < done; k++)
+        fetch_slot_put(g, w->slot[i + (uint32_t)k]);
+    over_high(g);
+    return (uint32_t)done;
+}
+
+static void fetched_one(struct edm_engine *g, struct worker *w, uint32_t i, bool intact) {
+    struct fetch_slot *fs = &g->fetch[w->slot[i]];
+    struct space *s = fs->space;
+    while (!s->dead && !atomic_load(&g->stop) && (s->applying || leaf_moving(s, fs->page)))
+        pthread_cond_wait(&s->idle, &g->mu);  // a batch that moves waits for no fault worker
+    if (!fs->cancelled && !s->dead)
+        fetched(g, fs, &w->refs[i], w->pages + (size_t)i * PAGE_SIZE_, intact);
+    if (fs->cancelled && !s->dead && !(fs->flags & FAULT_AHEAD))
+        // The page went away while it was fetched; whoever waits there is answered by what is there now.
+        queue_push(&g->ready, s, fs->page, fs->flags & ~UFFD_PAGEFAULT_FLAG_WP);
+    fetch_slot_put(g, w->slot[i]);
 }
 
 int edm_resolve(struct edm_engine *g, int worker, int n) {
@@ -282,17 +378,12 @@ int edm_resolve(struct edm_engine *g, int worker, int n) {
         intact[i] =
             w->refs[i].status != 1 || edm_crc32c(w->pages + (size_t)i * PAGE_SIZE_, PAGE_SIZE_) == w->refs[i].checksum;
     pthread_mutex_lock(&g->mu);
-    for (int i = 0; i < n; i++) {
-        struct fetch_slot *fs = &g->fetch[w->slot[i]];
-        struct space *s = fs->space;
-        while (!s->dead && !atomic_load(&g->stop) && (s->applying || leaf_moving(s, fs->page)))
-            pthread_cond_wait(&s->idle, &g->mu);  // a batch that moves waits for no fault worker
-        if (!fs->cancelled && !s->dead)
-            fetched(g, fs, &w->refs[i], w->pages + (size_t)i * PAGE_SIZE_, intact[i]);
-        if (fs->cancelled && !s->dead)
-            // The page went away while it was fetched; whoever waits there is answered by what is there now.
-            queue_push(&g->ready, s, fs->page, fs->flags & ~UFFD_PAGEFAULT_FLAG_WP);
-        fetch_slot_put(g, w->slot[i]);
+    for (uint32_t i = 0; i < (uint32_t)n;) {
+        uint32_t run = run_length(g, w, i, intact);
+        uint32_t done = run > 1 ? fetched_run(g, w, i, run) : 0;
+        if (!done)
+            fetched_one(g, w, i, intact[i]);
+        i += done ? done : 1;
     }
     w->n = 0;
     pthread_mutex_unlock(&g->mu);
@@ -303,7 +394,7 @@ static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) 
     struct fault f;
     for (uint32_t n = q->n; n > 0 && g->worker[worker].n < MAX_FETCH && queue_pop(q, &f); n--) {
         if (f.space->applying && !f.space->dead)
-            queue_push(&g->retry, f.space, f.page, f.flags);
+            queue_fault(&g->retry, f);
         else
             fault_take(g, worker, f);
         space_unref(f.space);
@@ -311,12 +402,17 @@ static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) 
 }
 
 // Sleep until a uffd is readable, the engine is kicked, or a fault that was put off is due.
-static int wait_readable(struct edm_engine *g, struct epoll_event *ev, int max, int timeout_us, bool soon) {
-    uint64_t spin_end = g->cfg.spin_us && !soon ? now_ns() + (uint64_t)g->cfg.spin_us * 1000u : 0;
+static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_event *ev, int max, int timeout_us,
+                         bool soon) {
+    // Where faults come one after the other, looking for the next is cheaper than being woken for it, which on another
+    // CPU costs tens of microseconds; the program has the CPU whenever it can run.
+    uint64_t now = now_ns(), spin_ns = (uint64_t)g->cfg.spin_us * 1000u;
+    uint64_t spin_end = !soon && timeout_us && now - w->served_ns < SPIN_WORTH * spin_ns ? now + spin_ns : 0;
     while (spin_end && now_ns() < spin_end && !atomic_load(&g->stop)) {
         int n = epoll_wait(g->epoll, ev, max, 0);
         if (n > 0)
             return n;
+        sched_yield();
     }
     int us = soon ? 50 : timeout_us;
     struct timespec t = {.tv_sec = us / 1000000, .tv_nsec = (long)(us % 1000000) * 1000};
@@ -352,7 +448,7 @@ int edm_poll(struct edm_engine *g, int worker, int timeout_us) {
         bool soon = g->retry.n || g->ready.n;
         uint32_t have = w->n;
         pthread_mutex_unlock(&g->mu);
-        int n = wait_readable(g, ev, 16, have ? 0 : timeout_us, soon);
+        int n = wait_readable(g, w, ev, 16, have ? 0 : timeout_us, soon);
         if (n < 0 && errno != EINTR)
             return -errno;
         pthread_mutex_lock(&g->mu);
@@ -373,6 +469,8 @@ int edm_poll(struct edm_engine *g, int worker, int timeout_us) {
         }
         have = w->n;
         pthread_mutex_unlock(&g->mu);
+        if (n > 0 && g->cfg.spin_us)
+            w->served_ns = now_ns();
         if (have && !fetch_here(g, worker))
             return (int)have;
         if (now_ns() >= end)

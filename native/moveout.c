@@ -102,7 +102,7 @@ static void faults_resume(struct edm_engine *g, struct leaf *l, uint64_t waited,
         uint32_t flags = writers & 1ull << i ? UFFD_PAGEFAULT_FLAG_WRITE : 0;
         if (l->e[i].state == PS_RESIDENT)
             flags |= UFFD_PAGEFAULT_FLAG_WP;
-        fault_take(g, -1, (struct fault){l->space, l->base + (uint64_t)i, flags});
+        fault_take(g, -1, (struct fault){l->space, l->base + (uint64_t)i, flags, 0});
     }
 }
 

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #define LOOK_EVERY 32  // faults
+#define SETTLED 2      // looks in a row that found the program on the same other CPU
 
 // The CPU a thread ran on last, or -1. Source: proc_pid_stat(5), field 39.
 static int thread_cpu(int tid) {
@@ -29,22 +30,43 @@ static int thread_cpu(int tid) {
     return p ? atoi(p + 1) : -1;
 }
 
-// Called for each fault this worker takes; moves the worker when the program was seen twice on another CPU.
+static bool run_on(int tid, int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    return sched_setaffinity(tid, sizeof set, &set) == 0;
+}
+
+// The calling thread goes where the engine's threads are to be, if it is not there yet; `cpu` is where it was put.
+void thread_home(struct edm_engine *g, int *cpu) {
+    int home = atomic_load(&g->home);
+    if (home >= 0 && home != *cpu && run_on(0, home))
+        *cpu = home;
+}
+
+void sidecar_home(struct space *s) {
+    int home = atomic_load(&s->engine->home);
+    if (home >= 0 && home != s->sidecar_cpu && run_on(s->sidecar_pid, home))
+        s->sidecar_cpu = home;
+}
+
+// Called for each fault this worker takes; moves the worker when the program was seen several times on another CPU. The
+// first worker takes the engine's other threads along: on the program's own CPU a page that leaves needs no interrupt
+// on another one, and nobody has to be woken there.
 void worker_follow(struct edm_engine *g, int worker, int tid) {
     if (!g->cfg.follow || worker < 0 || tid <= 0)
         return;
     struct worker *w = &g->worker[worker];
-    if (++w->faults < LOOK_EVERY)
+    if (++w->faults < LOOK_EVERY && w->cpu >= 0)
         return;
     w->faults = 0;
     int cpu = thread_cpu(tid);
-    bool settled = cpu == w->seen_cpu;
+    w->seen = cpu == w->seen_cpu ? w->seen + 1 : 0;
     w->seen_cpu = cpu;
-    if (cpu < 0 || cpu >= CPU_SETSIZE || cpu == w->cpu || !settled)
+    if (cpu < 0 || cpu >= CPU_SETSIZE || cpu == w->cpu || (w->cpu >= 0 && w->seen < SETTLED))
         return;
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    if (sched_setaffinity(0, sizeof set, &set) == 0)
+    if (run_on(0, cpu))
         w->cpu = cpu;
+    if (worker == 0)
+        atomic_store(&g->home, cpu);
 }

@@ -193,6 +193,7 @@ static void settle(struct edm_engine *g) {
 // One batch; returns pages freed.
 static uint64_t reclaim_once(struct edm_engine *g, uint64_t want) {
     struct move_batch *b = g->batch;
+    thread_home(g, &g->lpet_cpu);
     settle(g);
     b->n = 0;
     uint64_t most = at_most(at_most(want, g->batch_pages), g->nslots - g->slots_used);
@@ -211,7 +212,7 @@ static void admit(struct edm_engine *g, uint32_t at_all_costs) {
             g->count.over_limit++;
         }
         if (f.space->applying && !f.space->dead)
-            queue_push(&g->waiting, f.space, f.page, f.flags);
+            queue_fault(&g->waiting, f);
         else
             fault_take(g, -1, f);
         space_unref(f.space);

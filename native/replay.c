@@ -164,10 +164,21 @@ static int install(struct space *s, int call, uint64_t page, const void *data, u
     return end(r, page, result);
 }
 
-static int zero(struct space *s, uint64_t page) { return install(s, EDM_REPLAY_ZERO, page, NULL, RP_PRESENT); }
+static int install_run(struct space *s, int call, uint64_t page, uint32_t count, const uint8_t *data, uint8_t bits) {
+    for (uint32_t i = 0; i < count; i++) {
+        int r = install(s, call, page + i, data ? data + i * PAGE_SIZE_ : NULL, bits);
+        if (r)
+            return i ? (int)i : r;
+    }
+    return (int)count;
+}
 
-static int copy(struct space *s, uint64_t page, const void *data, bool protect) {
-    return install(s, EDM_REPLAY_COPY, page, data, RP_PRESENT | (protect ? RP_PROTECTED : 0));
+static int zero(struct space *s, uint64_t page, uint32_t count) {
+    return install_run(s, EDM_REPLAY_ZERO, page, count, NULL, RP_PRESENT);
+}
+
+static int copy(struct space *s, uint64_t page, uint32_t count, const void *data, bool protect) {
+    return install_run(s, EDM_REPLAY_COPY, page, count, data, RP_PRESENT | (protect ? RP_PROTECTED : 0));
 }
 
 static int poison(struct space *s, uint64_t page) { return install(s, EDM_REPLAY_POISON, page, NULL, RP_POISONED); }

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <unistd.h>
 
 #define LAST_WORD (PAGE_SIZE_ - sizeof(uint64_t))
 
@@ -17,6 +18,7 @@ static int wait_for_page(struct edm_replay *r, uint64_t page, uint64_t flags) {
     struct waiter w = {.msg = {.event = UFFD_EVENT_PAGEFAULT}};
     w.msg.arg.pagefault.address = page << PAGE_SHIFT;
     w.msg.arg.pagefault.flags = flags;
+    w.msg.arg.pagefault.feat.ptid = (uint32_t)gettid();
     replay_append(r, &r->faults, &w);
     return replay_wait(r, &r->faults, &w, false);
 }

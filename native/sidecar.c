@@ -115,6 +115,7 @@ int sidecar_move_out(struct space *s, struct move_batch *b) {
         s->ready = false;  // it has died, or staging is not empty
         return -ESRCH;
     }
+    sidecar_home(s);
     for (uint32_t k = 0; k < b->n; k++) {
         c->window[k].src = b->w[k].base << PAGE_SHIFT;
         c->window[k].mask = b->w[k].mask;

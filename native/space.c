@@ -11,6 +11,7 @@ static struct space *space_alloc(struct edm_engine *g, const struct source_ops *
     s->engine = g;
     s->ops = ops;
     s->refs = 1;
+    s->sidecar_cpu = -1;
     s->uffd = s->pidfd = s->sidecar_fd = s->pagemap_fd = s->statm_fd = -1;
     s->region = (uint64_t)g->instance << 32 | ++g->next_region;
     pthread_condattr_t mono;

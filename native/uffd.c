@@ -76,17 +76,24 @@ static int read_messages(struct space *s, struct uffd_msg *m, int max) {
     return n < 0 ? -e : (int)kept;
 }
 
-static int zero(struct space *s, uint64_t page) {
-    struct uffdio_zeropage z = {.range = {page << PAGE_SHIFT, PAGE_SIZE_}};
-    return ioctl(s->uffd, UFFDIO_ZEROPAGE, &z) ? -errno : 0;
+// What a call over several pages came to: some may be done before the one that could not be.
+static int pages_done(int result, int64_t bytes, uint32_t count) {
+    return !result ? (int)count : bytes > 0 ? (int)(bytes >> PAGE_SHIFT) : bytes < 0 ? (int)bytes : -errno;
 }
 
-static int copy(struct space *s, uint64_t page, const void *data, bool protect) {
+static int zero(struct space *s, uint64_t page, uint32_t count) {
+    struct uffdio_zeropage z = {.range = {page << PAGE_SHIFT, (uint64_t)count << PAGE_SHIFT}};
+    int r = ioctl(s->uffd, UFFDIO_ZEROPAGE, &z);
+    return pages_done(r, z.zeropage, count);
+}
+
+static int copy(struct space *s, uint64_t page, uint32_t count, const void *data, bool protect) {
     struct uffdio_copy c = {.dst = page << PAGE_SHIFT,
                             .src = (uint64_t)(uintptr_t)data,
-                            .len = PAGE_SIZE_,
+                            .len = (uint64_t)count << PAGE_SHIFT,
                             .mode = protect ? UFFDIO_COPY_MODE_WP : 0};
-    return ioctl(s->uffd, UFFDIO_COPY, &c) ? -errno : 0;
+    int r = ioctl(s->uffd, UFFDIO_COPY, &c);
+    return pages_done(r, c.copy, count);
 }
 
 static int unprotect(struct space *s, uint64_t page) {
@@ -124,7 +131,7 @@ static int forked(struct space *child, const struct uffd_msg *m) {
 }
 
 // Nothing is ever mapped at the second page: ENOENT while the address space lives, ESRCH when it is gone.
-static bool gone(struct space *s) { return s->uffd >= 0 && zero(s, 1) == -ESRCH; }
+static bool gone(struct space *s) { return s->uffd >= 0 && zero(s, 1, 1) == -ESRCH; }
 
 static void retire(struct space *s) {
     sidecar_end(s);

@@ -155,6 +155,7 @@ static void wait_until(pthread_cond_t *c, pthread_mutex_t *mu, uint64_t ns) {
 int edm_outbox_poll(struct edm_engine *g, struct edm_outbox *out, int timeout_us) {
     uint64_t end = now_ns() + (uint64_t)timeout_us * 1000u;
     int result = 0;
+    thread_home(g, &g->out_cpu);
     pthread_mutex_lock(&g->mu);
     for (;;) {
         outbox_skip(g);

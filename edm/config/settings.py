@@ -54,12 +54,18 @@ class Config:
     write_back: int = _setting(16 << 20, values.size, "buffer of pages evicted and not yet acknowledged", "SIZE")
     sweep_ms: float = _setting(5.0, values.sweep_ms, "look for the app's new memory this often", "MS")
     fault_threads: int = _setting(1, values.count, "threads that answer page faults", "N")
+    spin_us: int = _setting(
+        50, values.spin_us, "how long a fault thread looks for the next fault before it sleeps", "MICROSECONDS"
+    )
     patience_s: float = _setting(60.0, values.positive, "how long a fault may wait for a lost DMS", "SECONDS")
     path: Path | None = _setting(
         None, values.path, "directory for the run's files and the page files (default: a temporary one)", "DIR"
     )
     keep: bool = _setting(False, values.flag, "keep the run's directory afterwards, and name it")
     track_writes: bool = _setting(True, values.flag, "know which pages are clean, and drop those without a write")
+    prefetch: int = _setting(
+        63, values.ahead, "pages brought ahead of a stream of faults, at most 63; 0: none", "PAGES"
+    )
     ask: bool = _setting(False, values.flag, "ask the DMS also for pages known to be new")
     record_pfn: bool = _setting(True, values.flag, "note each page's frame number in the LSPT, where it may be read")
     cpus: str = _setting("auto", values.cpus, "CPUs of the fault threads: auto, or a list as 0,2-3", "CPUS")
@@ -90,6 +96,8 @@ class Config:
             sweep_ms=self.sweep_ms,
             fault_threads=self.fault_threads,
             patience_s=self.patience_s,
+            spin_us=self.spin_us,
+            ahead_pages=self.prefetch,
             track_writes=self.track_writes,
             ask=self.ask,
             record_pfn=self.record_pfn,
@@ -137,6 +145,8 @@ class HandlerSettings:
     sweep_ms: float = 5.0
     fault_threads: int = 1
     patience_s: float = 60.0
+    spin_us: int = 50
+    ahead_pages: int = 63
     track_writes: bool = True
     ask: bool = False
     record_pfn: bool = True

@@ -19,6 +19,8 @@ from edm.types import PAGE_BYTES
 
 Reader = Callable[[Any, Mapping[str, Any]], Any]
 
+MOST_AHEAD: Final = 63
+MOST_SPIN_US: Final = 100_000
 _TRUE: Final = {"1", "true", "yes", "on"}
 _FALSE: Final = {"0", "false", "no", "off"}
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -86,6 +88,24 @@ def count(raw: Any, _read: Mapping[str, Any]) -> int:
     number = int(text) if not isinstance(raw, bool) and re.fullmatch(r"[0-9]{1,9}", text) else 0
     if not 1 <= number <= 16:
         raise UsageError(f"must be a whole number from 1 to 16, not '{raw}'")
+    return number
+
+
+def ahead(raw: Any, _read: Mapping[str, Any]) -> int:
+    """Pages brought ahead of a fault: 0 to 63."""
+    return _whole(raw, MOST_AHEAD)
+
+
+def spin_us(raw: Any, _read: Mapping[str, Any]) -> int:
+    """Microseconds: 0 to 100000."""
+    return _whole(raw, MOST_SPIN_US)
+
+
+def _whole(raw: Any, most: int) -> int:
+    text = str(raw)
+    number = int(text) if not isinstance(raw, bool) and re.fullmatch(r"[0-9]{1,9}", text) else -1
+    if not 0 <= number <= most:
+        raise UsageError(f"must be a whole number from 0 to {most}, not '{raw}'")
     return number
 
 

@@ -278,8 +278,11 @@ static void check_counters(struct edm_engine *g, const struct scenario *sc) {
 }
 
 static void play_scenario(const struct scenario *sc, uint64_t seed, uint32_t longer) {
-    struct edm_engine_config config = {
-        .local_pages = sc->budget, .write_back_pages = sc->buffer, .track_writes = sc->track, .ask = sc->ask};
+    struct edm_engine_config config = {.local_pages = sc->budget,
+                                       .write_back_pages = sc->buffer,
+                                       .ahead_pages = 63,
+                                       .track_writes = sc->track,
+                                       .ask = sc->ask};
     struct edm_engine *g = edm_engine_new(&config);
     CHECK(g);
     watch(g, 100);

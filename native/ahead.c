@@ -1,0 +1,106 @@
+// Bringing pages before they are asked for: what a stream of faults will want next is fetched with its fault in one
+// message and installed in one call; new pages are filled the same way. Only within the budget.
+#include "engine.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+
+// Never into what waiting faults need, and never at the price of a page that is in use.
+static bool room_ahead(const struct edm_engine *g) {
+    return !g->waiting.n && (!g->limit || g->resident + g->inbound + 1 < g->limit);
+}
+
+static struct stream *stream_of(struct edm_engine *g, struct fault f) {
+    if (!g->cfg.ahead_pages || !f.thread)
+        return NULL;
+    struct streams *t = &f.space->streams;
+    uint64_t brought = t->total_brought, useful = t->total_useful;
+    struct stream *st = stream_fault(t, f.thread, f.page, (f.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0);
+    if (st->window > g->cfg.ahead_pages)
+        st->window = g->cfg.ahead_pages;
+    g->count.ahead += t->total_brought - brought;
+    g->count.ahead_useful += t->total_useful - useful;
+    return st->stride ? st : NULL;
+}
+
+// The fault itself is the last of the worker's batch already.
+void ahead_fetch(struct edm_engine *g, struct worker *w, struct fault f) {
+    struct stream *st = stream_of(g, f);
+    if (!st)
+        return;
+    uint64_t found[MAX_FETCH], page = f.page, last = f.page;
+    uint32_t n = 0, most = MAX_FETCH - w->n;
+    for (uint32_t looked = 0; n < st->window && n < most && looked < 2 * MAX_FETCH; looked++) {
+        page += (uint64_t)st->stride;
+        struct leaf *l = lspt_leaf(&f.space->lspt, page);
+        if (!l || l->moving)
+            break;
+        enum page_state state = (enum page_state)l->e[page % LEAF_PAGES].state;
+        if (state != PS_REMOTE && state != PS_RESIDENT && state != PS_FETCHING)
+            break;
+        last = page;
+        if (state == PS_REMOTE)
+            found[n++] = page;
+    }
+    // In the order of their addresses, for one copy to install them.
+    uint32_t asked = 0;
+    bool protect = g->fetch[w->slot[w->n - 1]].protect;
+    for (uint32_t i = 0; i < n && room_ahead(g); i++) {
+        uint64_t at = st->stride < 0 ? found[n - 1 - i] : found[i];
+        asked += fetch_ask(g, w, f.space, at, lspt_entry(&f.space->lspt, at),
+                           FAULT_AHEAD | (f.flags & UFFD_PAGEFAULT_FLAG_WRITE), protect);
+    }
+    if (asked < n)
+        last = f.page + (uint64_t)st->stride * asked;
+    stream_brought(st, asked, last);
+}
+
+static uint64_t known_until(const struct ranges *known, uint64_t page, uint64_t most) {
+    uint64_t a = page, e;
+    return ranges_gap(known, &a, most, &e) ? a : most;
+}
+
+static bool fillable(struct space *s, uint64_t page) {
+    struct leaf *l = lspt_leaf(&s->lspt, page);
+    return !l || (!l->moving && l->e[page % LEAF_PAGES].state == PS_NEW && !ranges_has(&s->removed, page));
+}
+
+// A stream over pages that are new: they are zeros, and a writer gets them with memory behind them, or each would fault
+// once more in the kernel.
+void ahead_fill(struct edm_engine *g, struct fault f) {
+    static uint8_t *zeros;
+    struct stream *st = stream_of(g, f);
+    if (!st || (st->stride != 1 && st->stride != -1))
+        return;
+    if (!zeros) {
+        void *p = mmap(NULL, MAX_FETCH * PAGE_SIZE_, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED)
+            return;
+        zeros = p;
+    }
+    struct space *s = f.space;
+    uint64_t end = st->stride > 0 ? known_until(&s->known, f.page + 1, f.page + 1 + st->window) : f.page;
+    uint32_t n = 0;
+    if (st->stride > 0)
+        while (f.page + 1 + n < end && fillable(s, f.page + 1 + n))
+            n++;
+    else
+        while (n < st->window && f.page > n && ranges_has(&s->known, f.page - n - 1) && fillable(s, f.page - n - 1))
+            n++;
+    while (n && g->limit && g->resident + g->inbound + n + 1 >= g->limit)
+        n /= 2;
+    if (!n || g->waiting.n)
+        return;
+    uint64_t from = st->stride > 0 ? f.page + 1 : f.page - n;
+    int done = f.flags & UFFD_PAGEFAULT_FLAG_WRITE ? s->ops->copy(s, from, n, zeros, false) : s->ops->zero(s, from, n);
+    if (done < 0)
+        return;  // something is there already, or an event is on its way: each will fault for itself
+    for (uint32_t i = 0; i < (uint32_t)done; i++) {
+        struct leaf *l = lspt_leaf_make(&s->lspt, s, from + i);
+        l->e[(from + i) % LEAF_PAGES].flags = 0;
+        entry_resident(s, l, &l->e[(from + i) % LEAF_PAGES], from + i);
+    }
+    g->count.zero_fills += (uint64_t)done;
+    if ((uint32_t)done == n)
+        stream_brought(st, n, f.page + (uint64_t)(st->stride * (int64_t)n));
+}

@@ -62,7 +62,9 @@ def options_tables() -> str:
     """The options of every built-in plugin."""
     sections: dict[str, dict[str, str]] = {}
     for offer in Registry().builtins():
-        section = SECTIONS[offer.kind.name]
+        section = SECTIONS.get(offer.kind.name)
+        if section is None:  # not a setting of a run
+            continue
         defaults = offer.spec.options()
         for field in attrs.fields(offer.spec.options):
             default = getattr(defaults, field.name)

@@ -4,6 +4,7 @@ EdmError
 ├── UsageError              a user's mistake: one line on stderr, exit 2, nothing started
 │   ├── UnknownPlugin       no such transport, store …; says what is installed
 │   ├── PluginConflict      two distributions offer one name
+│   ├── PluginBroken        a plugin breaks what its interface promises
 │   └── MissingExtra        the plugin is there, a library it needs is not
 ├── TransportError
 │   ├── TransportTimeout    no answer within the deadline

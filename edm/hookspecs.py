@@ -1,4 +1,4 @@
-"""The four hooks a plugin may implement, and the specs they return.
+"""The five hooks a plugin may implement, and the specs they return.
 
 A plugin is a module with functions marked `@edm.hookimpl`, listed under the entry point group `edm`. Each hook
 returns an iterable of frozen specs; the user chooses one by name, and the chosen spec's `open` makes the object that
@@ -15,7 +15,7 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from edm.interfaces import FaultSource, PageStore, SptStore, Transport
+    from edm.interfaces import EvictionModel, FaultSource, PageStore, SptStore, Transport
     from edm.types import LaunchPlan, RunContext
 
 PROJECT: Final = "edm"
@@ -84,6 +84,13 @@ class PageStoreSpec(PluginSpec):
     durable: bool = False
 
 
+@attrs.frozen(kw_only=True)
+class EvictionPolicySpec(PluginSpec):
+    """An eviction policy. `model(options, capacity)`: the algorithm for `edm simulate`, `capacity` units of memory."""
+
+    model: Callable[[Any, int], EvictionModel]
+
+
 class Hooks:
     """The hook specifications."""
 
@@ -129,4 +136,15 @@ class Hooks:
             @edm.hookimpl
             def edm_page_stores():
                 yield PageStoreSpec(name="memory", summary="the EMU's RAM", open=open_pages)
+        """
+
+    @hookspec
+    def edm_eviction_policies(self) -> Iterable[EvictionPolicySpec]:  # type: ignore[empty-body]
+        """Offer eviction policies, as models that `edm simulate` plays traces over.
+
+        Example::
+
+            @edm.hookimpl
+            def edm_eviction_policies():
+                yield EvictionPolicySpec(name="lru", summary="what was used last stays", model=Lru)
         """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from edm.types import PageRefs, Slots, SptRows
 
@@ -238,3 +238,18 @@ class OutboxItem(Protocol):
     @property
     def request(self) -> Mapping[str, Any] | None:
         """The request, for everything else."""
+
+
+class EvictionModel(Protocol):
+    """An eviction policy over units (runs of pages that move together) that are numbered. One thread, never blocks.
+
+    The caller knows what is resident: it calls `hit` for what is and `fault` for what is not.
+    """
+
+    def hit(self, unit: int) -> None:
+        """A resident unit was touched. An engine that traps faults cannot see this without idle bits."""
+        ...
+
+    def fault(self, unit: int) -> Sequence[int]:
+        """A unit comes in: which leave for it. Never more than `capacity` are resident afterwards."""
+        ...

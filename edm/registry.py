@@ -1,4 +1,4 @@
-"""Which fault sources, transports and stores there are, and the one the user named.
+"""Which fault sources, transports, stores and policies there are, and the one the user named.
 
 Place on the path: asked once, before the run starts, by `edm.config` and the command line; the spec it returns opens
 the object that the hot path holds, and the registry is not seen again.
@@ -22,6 +22,7 @@ from edm.errors import PluginConflict, UnknownPlugin, UsageError
 from edm.hookspecs import (
     API_VERSION,
     PROJECT,
+    EvictionPolicySpec,
     FaultSourceSpec,
     Hooks,
     PageStoreSpec,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class Kind:
-    """One of the four kinds of plugin. title: for people. prefix: of a third party's distribution, by convention."""
+    """One of the five kinds of plugin. title: for people. prefix: of a third party's distribution, by convention."""
 
     name: str
     title: str
@@ -55,6 +56,7 @@ KINDS: Final = {
         Kind("transport", "transport", "edm_transports", TransportSpec, "edm-transport"),
         Kind("spt_store", "SPT store", "edm_spt_stores", SptStoreSpec, "edm-store"),
         Kind("page_store", "page store", "edm_page_stores", PageStoreSpec, "edm-store"),
+        Kind("policy", "eviction policy", "edm_eviction_policies", EvictionPolicySpec, "edm-policy"),
     )
 }
 
@@ -102,6 +104,10 @@ class Registry:
     def page_store(self, name: str) -> PageStoreSpec:
         """The page store of that name; raises as `fault_source` does."""
         return cast("PageStoreSpec", self.find("page_store", name))
+
+    def policy(self, name: str) -> EvictionPolicySpec:
+        """The eviction policy of that name; raises as `fault_source` does."""
+        return cast("EvictionPolicySpec", self.find("policy", name))
 
     def find(self, kind: str, name: str) -> PluginSpec:
         """The spec of a kind (a key of `KINDS`) and name."""

@@ -10,6 +10,7 @@ import edm.errors
 import edm.hookspecs
 import edm.types
 from edm.hookspecs import (
+    EvictionPolicySpec,
     FaultSourceSpec,
     Hooks,
     NoOptions,
@@ -72,6 +73,12 @@ def test_edm_spt_stores_spec_says_whether_it_is_durable(offered):
     assert spec.open(None, "context") == "context"
 
 
+def test_edm_eviction_policies_spec_makes_a_model_of_options_and_capacity(offered):
+    spec = offered("edm_eviction_policies", "EvictionPolicySpec(name='t-one', summary='s', model=lambda *given: given)")
+    assert isinstance(spec, EvictionPolicySpec)
+    assert spec.model(1, 2) == (1, 2)
+
+
 def test_edm_page_stores_spec_has_no_options_unless_it_says_so(offered):
     spec = offered("edm_page_stores", "PageStoreSpec(name='t-one', summary='s', open=lambda o, c: o)")
     assert isinstance(spec, PageStoreSpec)
@@ -105,8 +112,8 @@ def _public(module):
 def test_exported_names_are_the_ones_plugins_rely_on():
     assert edm.__all__ == ["__version__", "hookimpl"]
     assert _public(edm.errors) == [
-        "Corrupt", "EdmError", "MissingExtra", "NativeError", "PeerLost", "PluginConflict", "ProtocolError",
-        "StaleVersion", "StoreError", "StoreFull", "StoreLocked", "TransportError", "TransportTimeout",
+        "Corrupt", "EdmError", "MissingExtra", "NativeError", "PeerLost", "PluginBroken", "PluginConflict",
+        "ProtocolError", "StaleVersion", "StoreError", "StoreFull", "StoreLocked", "TransportError", "TransportTimeout",
         "UnknownPlugin", "UsageError",
     ]  # fmt: skip
     assert {

@@ -166,6 +166,8 @@ def figure(
     if case.figure == "added":
         before = Spread.of(document["within"]).median
         mean = document["ns_total"] / document["ns_accesses"] - document["within_total"] / document["within_accesses"]
+        if mean <= 0:
+            raise MeasureFailed("a new page beyond the budget took no longer than one within it: too noisy here")
         spread = Spread(median=spread.median - before, low=spread.low - before, high=spread.high - before)
         return Result(spread=spread, mean=mean, counters=counters)
     per_fault = case.mode in {"new", "read-random", "write-random"}

@@ -364,3 +364,40 @@ void edm_pf_error(const struct edm_pf *pf, struct edm_pf_error *out);
 #define EDM_PF_CALLS 5
 /* For tests: after `after` calls of a kind, the next `count` (UINT32_MAX: all) fail with `error`; -1: come short. */
 int edm_pf_fail(struct edm_pf *pf, int call, uint32_t after, uint32_t count, int error);
+
+/* ---- the C tables of edm_ops.h that EDM's own parts offer (native/server.c, slabs.c) ----------------------------- */
+
+/* A page server over an SPT table and a page store's table ("edm.page_store_ops"): answers gets of stored pages, leaves
+   everything else to Python. Both must outlive it. NULL: no memory. */
+struct edm_server;
+struct edm_server_counts {
+    uint64_t gets;
+    uint64_t found;
+};
+struct edm_server *edm_server_new(struct edm_spt *spt, const void *page_store);
+void edm_server_free(struct edm_server *server);
+/* "edm.server_ops" */
+const void *edm_server_table(const struct edm_server *server);
+/* Its lock, for whoever changes the stores by other ways; 0 or -ETIMEDOUT. The same thread leaves. */
+int edm_server_enter(struct edm_server *server, double timeout_s);
+void edm_server_leave(struct edm_server *server);
+/* Pages answered by the table so far; with the lock held. */
+void edm_server_counts(struct edm_server *server, struct edm_server_counts *out);
+
+/* "edm.channel_ops" around an "edm.server_ops" of this process. */
+struct edm_call_channel;
+struct edm_call_channel *edm_call_channel_new(const void *server, uint32_t instance);
+void edm_call_channel_free(struct edm_call_channel *channel);
+const void *edm_call_channel_table(const struct edm_call_channel *channel);
+
+/* "edm.page_store_ops" over slabs of pages, their checksums and which are in use (one byte each); a slab of NULL is
+   gone. edm_slabs_set: 0 or -ENOMEM. */
+struct edm_slabs;
+struct edm_slabs *edm_slabs_new(uint64_t slab_pages);
+void edm_slabs_free(struct edm_slabs *slabs);
+const void *edm_slabs_table(const struct edm_slabs *slabs);
+int edm_slabs_set(struct edm_slabs *slabs, uint64_t number, const void *pages, const uint32_t *sums, const void *used);
+
+/* "edm.page_store_ops" over page files. NULL: no memory. */
+void *edm_pf_table_new(struct edm_pf *pf);
+void edm_pf_table_free(void *table);

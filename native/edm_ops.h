@@ -38,11 +38,12 @@ struct edm_server_ops {
 struct edm_page_store_ops {
     uint32_t version, bytes;
     void *self;
-    /* As PageStore.get, .put and .free. 0 or a negative errno: the same call through Python says what it was. */
+    /* As PageStore.get, .put and .free. 0 or a negative errno: the same call through Python says what it was. All but
+       `get` may be NULL: only through Python. */
     int (*get)(void *self, const uint64_t *slots, uint32_t n, void *into);
     int (*put)(void *self, const void *pages, const uint32_t *checksums, uint32_t n, uint64_t *slots);
     void (*free_slots)(void *self, const uint64_t *slots, uint32_t n);
-    /* As PageStore.sync under the store's sync policy. NULL: nothing to do. */
+    /* As PageStore.sync under the store's sync policy. */
     int (*sync)(void *self);
 };
 

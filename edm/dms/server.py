@@ -18,8 +18,9 @@ import numpy as np
 
 from edm._native import ffi, lib
 from edm.dms.control import Control
-from edm.dms.table import NO_SLOTS, refs_at, words_at
+from edm.dms.table import NO_SLOTS, PageTable, refs_at, words_at
 from edm.errors import StoreError, StoreFull
+from edm.ops import PAGE_STORE, SERVER, address_of, capsule
 from edm.types import MAX_BATCH_PAGES, PAGE_BYTES, EvictStatus, GetStatus, PageId
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PAGE_STORE_BYTES: Final = 48
+"""sizeof(struct edm_page_store_ops)."""
 _REFUSALS: Final = {
     lib.EDM_SCREEN_STALE: "an older version than the stored one",
     lib.EDM_SCREEN_OTHER: "the stored version with other bytes",
@@ -70,8 +73,32 @@ class MemoryServer:
         self._unsaved: set[tuple[int, int]] = set()
         self._pending = False
         self._closed = False
+        self._native = self._native_server()
         pages.live(self._live_slots())
         self._control = Control(self)
+
+    def _native_server(self) -> Any:
+        """The same server in C, for gets, where both stores can be read from there; else None."""
+        pages = address_of(self.pages, PAGE_STORE, PAGE_STORE_BYTES)
+        if not pages or not isinstance(self.spt, PageTable) or type(self.spt).answer is not PageTable.answer:
+            return None
+        native = lib.edm_server_new(self.spt.native, ffi.cast("void *", pages))
+        if native == ffi.NULL:
+            raise MemoryError
+        self.__edm_ops__ = capsule(int(ffi.cast("uintptr_t", lib.edm_server_table(native))), SERVER)
+        return ffi.gc(native, lib.edm_server_free)
+
+    def enter(self, timeout_s: float) -> bool:
+        """Take the lock that calls through `__edm_ops__` take; False if it could not be had in time.
+
+        Needed around every other call from a process where that table is used.
+        """
+        return self._native is None or lib.edm_server_enter(self._native, timeout_s) == 0
+
+    def leave(self) -> None:
+        """Give the lock of `enter` back, in the same thread."""
+        if self._native is not None:
+            lib.edm_server_leave(self._native)
 
     # ---- get [6-10]
 
@@ -274,8 +301,15 @@ class MemoryServer:
     def stat(self) -> dict[str, Any]:
         """Figures of the server and both stores."""
         waiting = sum(map(len, self._let_go))
+        counters = attrs.asdict(self.counters)
+        if self._native is not None:
+            here = ffi.new("struct edm_server_counts *")
+            lib.edm_server_counts(self._native, here)
+            counters["gets"] += here.gets
+            counters["found"] += here.found
+            counters["new"] += here.gets - here.found
         return {
-            "server": {**attrs.asdict(self.counters), "slots_waiting": waiting},
+            "server": {**counters, "slots_waiting": waiting},
             "spt": self.spt.stat(),
             "pages": self.pages.stat(),
         }

@@ -16,6 +16,7 @@ import numpy as np
 from edm._native import ffi, lib
 from edm.dms.table import words_at
 from edm.errors import Corrupt, StoreError, StoreFull, UsageError
+from edm.ops import PAGE_STORE, capsule
 from edm.stores.directory import StoreDirectory
 from edm.types import PAGE_BYTES
 
@@ -48,6 +49,8 @@ class FilePages:
         try:
             if self.native == ffi.NULL:
                 raise MemoryError
+            self._table = ffi.gc(lib.edm_pf_table_new(self.native), lib.edm_pf_table_free)
+            self.__edm_ops__ = capsule(int(ffi.cast("uintptr_t", self._table)), PAGE_STORE)
             if direct:
                 self._check_direct()
             self._attach()

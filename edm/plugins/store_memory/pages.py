@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from edm._native import ffi, lib
 from edm.dms.table import page_checksums
 from edm.errors import Corrupt, StoreFull
+from edm.ops import PAGE_STORE, capsule
 from edm.types import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ class MemoryPages:
     def __init__(self, limit_bytes: int = 0) -> None:
         self._limit_pages = (limit_bytes or _machine_bytes() // 2) // PAGE_BYTES
         self._slabs: dict[int, Slab] = {}
+        native = lib.edm_slabs_new(SLAB_PAGES)
+        if native == ffi.NULL:
+            raise MemoryError
+        self._native = ffi.gc(native, lib.edm_slabs_free)
+        self.__edm_ops__ = capsule(int(ffi.cast("uintptr_t", lib.edm_slabs_table(native))), PAGE_STORE)
         self._next_slab = 0
         self._free = np.empty(0, np.uint64)
         self._free_count = 0
@@ -117,6 +124,8 @@ class MemoryPages:
 
     def close(self) -> None:
         """Let go of the memory."""
+        for number in self._slabs:
+            lib.edm_slabs_set(self._native, number, ffi.NULL, ffi.NULL, ffi.NULL)
         self._slabs.clear()
         self._free_count = self._used_pages = 0
 
@@ -144,7 +153,16 @@ class MemoryPages:
 
     def _add_slab(self) -> None:
         first = self._next_slab * SLAB_PAGES
-        self._slabs[self._next_slab] = Slab()
+        slab = Slab()
+        if lib.edm_slabs_set(
+            self._native,
+            self._next_slab,
+            ffi.from_buffer(slab.pages),
+            ffi.from_buffer("uint32_t[]", slab.checksums),
+            ffi.from_buffer(slab.used),
+        ):
+            raise MemoryError
+        self._slabs[self._next_slab] = slab
         self._next_slab += 1
         # Taken from the end: the lowest slot last.
         self._give_back(np.arange(first + SLAB_PAGES - 1, first - 1, -1, dtype=np.int64).astype(np.uint64))
@@ -166,6 +184,7 @@ class MemoryPages:
     def _drop_slabs(self, slabs: list[Slab]) -> None:
         gone = [number for number, slab in self._slabs.items() if any(slab is empty for empty in slabs)]
         for number in gone:
+            lib.edm_slabs_set(self._native, number, ffi.NULL, ffi.NULL, ffi.NULL)
             del self._slabs[number]
         rest = self._free[: self._free_count]
         rest = rest[~np.isin(rest // np.uint64(SLAB_PAGES), gone)]

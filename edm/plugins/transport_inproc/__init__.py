@@ -7,11 +7,13 @@ since it serves one thread at a time. The reference for what the other transport
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from edm import hookimpl
+from edm._native import ffi, lib
 from edm.errors import PeerLost, TransportTimeout, UsageError
 from edm.hookspecs import NoOptions, TransportSpec
+from edm.ops import CHANNEL, SERVER, address_of, capsule
 from edm.types import LaunchPlan
 
 if TYPE_CHECKING:
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
     from edm.interfaces import PageServer
     from edm.types import PageRefs, RunContext
+
+
+SERVER_BYTES: Final = 32
+"""sizeof(struct edm_server_ops)."""
 
 
 class InprocTransport:
@@ -30,6 +36,17 @@ class InprocTransport:
         self._lock = threading.Lock()
         self._closed = False
         self.instance = 0
+        # Where the server answers from C as well, its own lock keeps those answers and our calls apart.
+        self._table = address_of(server, SERVER, SERVER_BYTES)
+
+    def call_channel(self) -> Any:
+        """A C channel to the server, where it offers one and the instance is known; else None."""
+        if not self._table or not self.instance:
+            return None
+        channel = lib.edm_call_channel_new(ffi.cast("void *", self._table), self.instance)
+        if channel == ffi.NULL:
+            raise MemoryError
+        return ffi.gc(channel, lib.edm_call_channel_free)
 
     def connect(self) -> InprocChannel:
         """Open a channel; raises `PeerLost` on a closed transport."""
@@ -53,10 +70,15 @@ class InprocTransport:
         if self._closed:
             self._lock.release()
             raise PeerLost("the transport is closed")
+        if self._table and not self._server.enter(self._deadline_s):  # type: ignore[attr-defined]
+            self._lock.release()
+            raise TransportTimeout("the memory server in this process did not answer within the deadline")
         return self._server
 
     def leave(self) -> None:
         """Give the server back."""
+        if self._table:
+            self._server.leave()  # type: ignore[attr-defined]
         self._lock.release()
 
 
@@ -66,6 +88,9 @@ class InprocChannel:
     def __init__(self, transport: InprocTransport) -> None:
         self._transport = transport
         self._closed = False
+        self._native = transport.call_channel()
+        if self._native is not None:
+            self.__edm_ops__ = capsule(int(ffi.cast("uintptr_t", lib.edm_call_channel_table(self._native))), CHANNEL)
 
     def fetch(self, refs: PageRefs, into: memoryview) -> None:
         """Have the server answer in the caller's own buffers [5-11]."""

@@ -131,6 +131,19 @@ class Engine:
         lib.edm_engine_counters(self.native, self._counters)
         return {name: getattr(self._counters, name) for name in self._counter_names}
 
+    def trace_start(self, records: int) -> None:
+        """Record every fault from now on; the records wait for `trace_take`, at most so many of them."""
+        result = lib.edm_trace_start(self.native, records)
+        if result:
+            raise NativeError(-result, "edm_trace_start")
+
+    def trace_take(self, most: int) -> tuple[bytes, int]:
+        """Up to `most` records (`edm.trace.RECORD`), and how many faults went unrecorded since the start."""
+        records = ffi.new("struct edm_trace_record[]", most)
+        dropped = ffi.new("uint64_t *")
+        count = lib.edm_trace_take(self.native, records, most, dropped)
+        return bytes(ffi.buffer(records, count * ffi.sizeof("struct edm_trace_record"))), dropped[0]
+
     def error(self) -> str:
         """The first internal error, "" if there was none."""
         return str(ffi.string(lib.edm_engine_error(self.native)).decode(errors="replace"))

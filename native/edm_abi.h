@@ -145,6 +145,37 @@ int edm_outbox_poll(struct edm_engine *engine, struct edm_outbox *out, int timeo
 /* The DMS has carried it out (evictions: by refs[i].status); failed pages are sent again after the next poll. */
 void edm_outbox_done(struct edm_engine *engine, const struct edm_outbox *out);
 
+/* ---- the fault trace (native/trace.c) ---- */
+#define EDM_TRACE_READ 0
+#define EDM_TRACE_WRITE 1
+#define EDM_TRACE_PROTECTED 2 /* the first write to a clean page */
+#define EDM_TRACE_ZERO 1      /* outcomes: new page, UFFDIO_ZEROPAGE [12] */
+#define EDM_TRACE_FETCHED 2   /* existing page, UFFDIO_COPY [13] */
+#define EDM_TRACE_RESCUED 3   /* … from the write-back buffer */
+#define EDM_TRACE_WRITABLE 4
+#define EDM_TRACE_THERE 5 /* the page was there already */
+#define EDM_TRACE_LOST 6
+#define EDM_TRACE_ASKED 0    /* steps: in a request to the DMS [5] */
+#define EDM_TRACE_ANSWERED 1 /* the DMS's reply is here [11] */
+#define EDM_TRACE_DONE 2     /* the ioctl has returned, and has woken the thread [12, 13, 15] */
+#define EDM_TRACE_LISTED 3   /* in the LSPT [14] */
+/* One fault, from the moment its message was read [5]. */
+struct edm_trace_record {
+    uint64_t read_ns; /* CLOCK_MONOTONIC */
+    uint64_t page;
+    uint64_t region;
+    uint32_t thread;
+    uint16_t cpu; /* the fault worker's */
+    uint8_t kind;
+    uint8_t outcome;
+    uint32_t step_ns[4]; /* after read_ns; 0: not reached */
+};
+/* Record faults from now on, up to `records` until they are taken. 0, -ENOMEM or -EINVAL. */
+int edm_trace_start(struct edm_engine *engine, uint32_t records);
+/* Take up to max records in the order in which they were settled; returns how many. *dropped: faults without a record.
+ */
+int edm_trace_take(struct edm_engine *engine, struct edm_trace_record *out, int max, uint64_t *dropped);
+
 /* May this process use userfaultfd as the engine needs it? 0, -EPERM, -EINVAL (features missing), -ENOSYS … */
 int edm_uffd_check(void);
 

@@ -206,6 +206,7 @@ void edm_engine_free(struct edm_engine *g) {
     unmap_pages(g->slots, g->nslots);
     unmap_pages(g->out_pages, EDM_OUTBOX_BATCH);
     batch_free(g->batch);
+    trace_free(g);
     int fds[] = {g->epoll, g->kick, g->listen_fd, g->dev_fd};
     for (int i = 0; i < 4; i++)
         if (fds[i] >= 0)

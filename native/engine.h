@@ -299,6 +299,7 @@ struct edm_engine {
     _Atomic int home;          // CPU where the engine's threads are to run; -1: anywhere
     int lpet_cpu, out_cpu;
     int listen_fd, dev_fd;
+    struct edm_trace *trace;  // NULL: faults are not recorded
     int handshakes;
     pthread_cond_t handshake_done;
 };
@@ -342,6 +343,16 @@ void worker_follow(struct edm_engine *g, int worker, int tid);
 // ---- ahead.c
 void ahead_fetch(struct edm_engine *g, struct worker *w, struct fault f);
 void ahead_fill(struct edm_engine *g, struct fault f);
+
+// ---- trace.c
+void trace_begin(struct edm_engine *g, const struct fault *f, uint32_t thread);
+void trace_step(struct edm_engine *g, const struct space *s, uint64_t page, int step, int outcome);
+void trace_forget(struct edm_engine *g, const struct space *s);
+void trace_free(struct edm_engine *g);
+static inline void traced(struct edm_engine *g, const struct space *s, uint64_t page, int step, int outcome) {
+    if (__builtin_expect(g->trace != NULL, 0))
+        trace_step(g, s, page, step, outcome);
+}
 
 // ---- writeback.c
 int write_slot_get(struct edm_engine *g);

@@ -91,6 +91,8 @@ void space_read(struct edm_engine *g, struct space *s, int worker) {
         worker_follow(g, worker, (int)m[i].arg.pagefault.feat.ptid);
         struct fault f = {s, page_of(m[i].arg.pagefault.address), (uint32_t)m[i].arg.pagefault.flags,
                           m[i].arg.pagefault.feat.ptid};
+        if (g->trace)
+            trace_begin(g, &f, m[i].arg.pagefault.feat.ptid);
         fault_take(g, worker, f);
     }
     space_unref(s);

@@ -32,6 +32,7 @@ static void installed(struct edm_engine *g, struct space *s, uint64_t page, uint
     e->flags = flags;
     entry_arrived(s, l, e, page);
     remember_recent(g, s, page);
+    traced(g, s, page, EDM_TRACE_LISTED, 0);
     over_high(g);
 }
 
@@ -44,6 +45,7 @@ static bool settle(struct edm_engine *g, struct fault f, int r, const char *call
         return true;
     case -ENOENT:  // nothing registered there any more: let the thread look again for itself
     case -EINVAL:
+        traced(g, f.space, f.page, EDM_TRACE_LISTED, 0);
         f.space->ops->wake(f.space, f.page, 1);
         return true;
     case -ESRCH:  // the address space is gone; its pidfd or a sweep retires it
@@ -62,13 +64,16 @@ static void take_new(struct edm_engine *g, struct fault f, bool believed_residen
     int r = f.space->ops->zero(f.space, f.page, 1);
     if (r == 1) {
         g->count.zero_fills++;
+        traced(g, f.space, f.page, EDM_TRACE_DONE, EDM_TRACE_ZERO);
         installed(g, f.space, f.page, 0);
     } else if (r == -EEXIST) {
         // Two threads faulted on it, or it was touched before its mapping was captured. EEXIST wakes nobody.
         g->count.repeats++;
+        traced(g, f.space, f.page, EDM_TRACE_DONE, EDM_TRACE_THERE);
         if (!believed_resident)
             installed(g, f.space, f.page, 0);
         f.space->ops->wake(f.space, f.page, 1);
+        traced(g, f.space, f.page, EDM_TRACE_LISTED, 0);
     } else {
         settle(g, f, r, "zero-fill");
     }
@@ -80,6 +85,8 @@ static void take_protected(struct edm_engine *g, struct fault f, struct lspt_ent
         g->count.write_protects++;
         f.space->protects_in_vain++;
         e->flags &= ~PF_CLEAN;
+        traced(g, f.space, f.page, EDM_TRACE_DONE, EDM_TRACE_WRITABLE);
+        traced(g, f.space, f.page, EDM_TRACE_LISTED, 0);
     } else {
         settle(g, f, r, "unprotect");
     }
@@ -92,6 +99,7 @@ static void take_staged(struct edm_engine *g, struct fault f, struct lspt_entry 
     if (r == 1) {
         uint8_t flags = (e->flags & PF_STORED) | (o->state == OB_SENT ? PF_STORED : 0);
         g->count.rescues++;
+        traced(g, f.space, f.page, EDM_TRACE_DONE, EDM_TRACE_RESCUED);
         outbox_cancel(g, id);
         installed(g, f.space, f.page, flags);
     } else if (r == -EEXIST) {
@@ -158,6 +166,7 @@ bool fetch_ask(struct edm_engine *g, struct worker *w, struct space *s, uint64_t
     w->refs[w->n] = (struct edm_page_ref){
         .region = s->region, .index = page, .version = fs->version, .checksum = fs->checksum, .status = 2};
     w->slot[w->n++] = (uint32_t)i;
+    traced(g, s, page, EDM_TRACE_ASKED, 0);
     return true;
 }
 
@@ -249,6 +258,8 @@ static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct ls
         return;
     }
     g->count.lost++;
+    traced(g, s, fs->page, EDM_TRACE_DONE, EDM_TRACE_LOST);
+    traced(g, s, fs->page, EDM_TRACE_LISTED, 0);
     engine_error(g, "page %#lx of region %#lx is lost: the memory server answered status %d", (unsigned long)fs->page,
                  (unsigned long)s->region, status);
     int r = s->ops->poison(s, fs->page);
@@ -294,6 +305,7 @@ static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct ed
     e = lspt_entry(&s->lspt, fs->page);
     if (r == 1) {
         g->count.fetches++;
+        traced(g, s, fs->page, EDM_TRACE_DONE, EDM_TRACE_FETCHED);
         e->where = 0;
         installed(g, s, fs->page, PF_STORED | (protect ? PF_CLEAN : 0));
         return;
@@ -339,12 +351,15 @@ static uint32_t fetched_run(struct edm_engine *g, struct worker *w, uint32_t i, 
     const struct fetch_slot *first = &g->fetch[w->slot[i]];
     struct space *s = first->space;
     int done = s->ops->copy(s, first->page, n, w->pages + (size_t)i * PAGE_SIZE_, first->protect);
+    for (int k = 0; k < done; k++)
+        traced(g, s, first->page + (uint64_t)k, EDM_TRACE_DONE, EDM_TRACE_FETCHED);
     for (int k = 0; k < done; k++) {
         uint64_t page = first->page + (uint64_t)k;
         struct leaf *l = lspt_leaf(&s->lspt, page);
         struct lspt_entry *e = &l->e[page % LEAF_PAGES];
         e->flags = PF_STORED | (first->protect ? PF_CLEAN : 0);
         entry_arrived(s, l, e, page);
+        traced(g, s, page, EDM_TRACE_LISTED, 0);
     }
     if (done <= 0)
         return 0;
@@ -378,6 +393,8 @@ int edm_resolve(struct edm_engine *g, int worker, int n) {
         intact[i] =
             w->refs[i].status != 1 || edm_crc32c(w->pages + (size_t)i * PAGE_SIZE_, PAGE_SIZE_) == w->refs[i].checksum;
     pthread_mutex_lock(&g->mu);
+    for (int i = 0; i < n; i++)
+        traced(g, g->fetch[w->slot[i]].space, g->fetch[w->slot[i]].page, EDM_TRACE_ANSWERED, 0);
     for (uint32_t i = 0; i < (uint32_t)n;) {
         uint32_t run = run_length(g, w, i, intact);
         uint32_t done = run > 1 ? fetched_run(g, w, i, run) : 0;

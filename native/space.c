@@ -300,6 +300,8 @@ void space_retire(struct space *s) {
     if (s->dead)
         return;
     s->dead = true;
+    if (g->trace)
+        trace_forget(g, s);
     space_forget(s, 0, LSPT_MAX_PAGE);
     s->ops->retire(s);
     outbox_push(g, EDM_OUT_DROP_REGION, s);

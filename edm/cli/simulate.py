@@ -44,7 +44,9 @@ def command(
 ) -> None:
     """Play TRACE over eviction policies, and print the share of accesses that would have found their page here.
 
-    TRACE is what the fault source 'replay' plays: text, or a NumPy array. The optimum is Belady's: it knows the future.
+    TRACE is what the fault source 'replay' plays (text, or a NumPy array), or what 'edm run --trace' recorded. That one
+    holds faults only: record it with little --local-memory, since what stays here makes none. The optimum is Belady's:
+    it knows the future.
     """
     units = _units(trace, unit)
     document = _simulate(units, unit, policies, memory or DEFAULT_MEMORY, options)
@@ -58,8 +60,10 @@ def command(
 
 def _units(trace: Path, unit: int) -> Units:
     from edm.plugins.source_replay.trace import WRITE, read  # noqa: PLC0415
+    from edm.trace import as_operations, is_fault_trace  # noqa: PLC0415
+    from edm.trace import read as read_faults  # noqa: PLC0415
 
-    operations = read(trace)
+    operations = as_operations(read_faults(trace).records) if is_fault_trace(trace) else read(trace)
     touches = operations[operations["kind"] <= WRITE]
     if not len(touches):
         raise UsageError(f"{trace}: no page is read or written in it")

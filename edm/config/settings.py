@@ -69,6 +69,7 @@ class Config:
     ask: bool = _setting(False, values.flag, "ask the DMS also for pages known to be new")
     record_pfn: bool = _setting(True, values.flag, "note each page's frame number in the LSPT, where it may be read")
     cpus: str = _setting("auto", values.cpus, "CPUs of the fault threads: auto, or a list as 0,2-3", "CPUS")
+    trace: Path | None = _setting(None, values.path, "record every fault's steps in FILE, for edm trace", "FILE")
 
     options: Options = attrs.field(factory=dict)
     """Plugin options as they were given: section → plugin → key → value."""
@@ -127,7 +128,8 @@ class Config:
         settings = document["settings"]
         if set(settings) != set(setting_names()):
             raise UsageError(f"{path} was written by another version of edm")
-        settings["path"] = settings["path"] and Path(settings["path"])
+        for name in ("path", "trace"):
+            settings[name] = settings[name] and Path(settings[name])
         return cls(**settings, options=document["options"], origins=document["origins"])
 
 

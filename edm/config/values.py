@@ -118,9 +118,9 @@ def flag(raw: Any, _read: Mapping[str, Any]) -> bool:
 
 
 def path(raw: Any, _read: Mapping[str, Any]) -> Path:
-    """A directory, made absolute."""
+    """A directory or file, made absolute."""
     if not isinstance(raw, str | Path) or not str(raw) or "\0" in str(raw):
-        raise UsageError(f"must be a directory's path, not '{raw}'")
+        raise UsageError(f"must be a path, not '{raw}'")
     return Path(raw).expanduser().absolute()
 
 

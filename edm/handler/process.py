@@ -25,6 +25,7 @@ import setproctitle
 from edm._native import lib
 from edm.config import Config
 from edm.errors import EdmError, NativeError, TransportError
+from edm.handler.tracing import Recorder
 from edm.handler.workers import Workers
 from edm.registry import Registry
 from edm.types import RunContext
@@ -110,6 +111,7 @@ class DmHandler:
         settings = config.handler_settings()
         spec = registry.fault_source(config.fault_source)
         self.source: FaultSource = spec.open(config.plugin_options("fault_source", spec.name, spec), settings, context)
+        self._tracing = Recorder(self.source, config.trace) if config.trace is not None else None
         self.source.start(int(answer["instance"]))
         self._workers = Workers(
             self.source,
@@ -167,6 +169,8 @@ class DmHandler:
         while self.source.counters()["spaces"] and time.monotonic() < end:
             time.sleep(0.002)
         counters = self.source.counters()
+        if self._tracing is not None:
+            self._tracing.close()
         self.source.stop()
         if not self._workers.join(DRAIN_S):
             raise EdmError("a worker did not end: the memory server keeps it waiting")

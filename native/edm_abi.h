@@ -33,7 +33,7 @@ struct edm_engine_config {
     uint32_t ahead_pages;      /* at most so many pages are brought ahead of a fault; 0: none, 63 at most */
     uint8_t track_writes;      /* write-protect pages restored by a read; clean ones are dropped without a write */
     uint8_t ask;               /* ask the DMS for pages known to be new as well */
-    uint8_t record_pfn;        /* note each resident page's frame number, where this process may read it */
+    uint8_t record_pfn;        /* note each resident page's frame number when it arrives, not when it is asked for */
     uint8_t follow;            /* fault workers move to the CPU of the thread that faults: waking across CPUs is dear */
 };
 

@@ -87,6 +87,8 @@ int edm_engine_page(struct edm_engine *g, int32_t pid, uint64_t page, struct edm
             continue;
         struct lspt_entry *e = lspt_entry(&s->lspt, page);
         *out = (struct edm_page_state){0};
+        if (e && e->state == PS_RESIDENT && !e->where && s->ops->pfn)
+            e->where = s->ops->pfn(s, page) & ((1ull << 40) - 1);
         if (e) {
             out->state = e->state;
             out->clean = (e->flags & PF_CLEAN) != 0;

@@ -67,7 +67,9 @@ class Config:
         63, values.ahead, "pages brought ahead of a stream of faults, at most 63; 0: none", "PAGES"
     )
     ask: bool = _setting(False, values.flag, "ask the DMS also for pages known to be new")
-    record_pfn: bool = _setting(True, values.flag, "note each page's frame number in the LSPT, where it may be read")
+    record_pfn: bool = _setting(
+        False, values.flag, "note each page's frame number with its fault; else when it is asked for"
+    )
     cpus: str = _setting("auto", values.cpus, "CPUs of the fault threads: auto, or a list as 0,2-3", "CPUS")
     trace: Path | None = _setting(None, values.path, "record every fault's steps in FILE, for edm trace", "FILE")
 
@@ -151,7 +153,7 @@ class HandlerSettings:
     ahead_pages: int = 63
     track_writes: bool = True
     ask: bool = False
-    record_pfn: bool = True
+    record_pfn: bool = False
     cpus: tuple[int, ...] = ()
 
 

@@ -31,7 +31,7 @@ def _option(default: Any, text: str) -> Any:
 class MpiOptions:
     """How long to poll before sleeping, and which mpiexec starts the job."""
 
-    spin_us: float = _option(200.0, "poll this long after the last message, or for a reply, before sleeping")
+    spin_us: float = _option(500.0, "poll this long after the last message, or for a reply, before sleeping")
     sleep_us: float = _option(50.0, "the first sleeps between polls last this long")
     sleep_max_us: float = _option(1500.0, "sleeps grow to this while nothing happens")
     mpiexec: str = _option("", "the mpiexec of a one-command run (default: the one of mpi4py's MPI)")

@@ -361,3 +361,47 @@ def test_several_handlers_share_the_memory_servers_of_a_job(tmp_path, servers):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.split()) == ["1", "2", "3"]
+
+
+SHARING = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from edm.plugins.transport_mpi import MpiOptions, open_transport
+from edm.testing.pages import batch_of
+from edm.testing.transport_cases import wanted
+from edm.types import RunContext
+transport = open_transport(MpiOptions(), RunContext(Path("."), Path("."), "dm-handler"))
+channel = transport.connect()
+instance = channel.control({"op": "hello", "client": "test", "protocol": 1})["instance"]
+# Half of them ask for large batches, half for single pages.
+size = 64 if instance % 2 else 1
+refs, pages = batch_of(instance << 32, np.arange(size), version=1, seed=instance)
+assert channel.evict(refs, memoryview(pages)) == ""
+from mpi4py import MPI
+everybody = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Excl([0]))
+everybody.Barrier()
+count, end = 0, time.monotonic() + 3
+while time.monotonic() < end:
+    asked, into = wanted(instance << 32, np.arange(size)), bytearray(len(pages))
+    channel.fetch(asked, memoryview(into))
+    assert into == pages
+    count += 1
+everybody.Barrier()
+everybody.Free()
+transport.close()
+sys.stdout.write(f"{count}\\n")
+"""
+
+
+@pytest.mark.mpi
+def test_every_one_of_eight_handlers_of_a_job_gets_its_share():
+    result = subprocess.run(
+        [find_mpiexec(), "-n", "1", *EDM, "dms", "--store", "memory",
+         ":", "-n", "8", sys.executable, "-c", SHARING],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    counts = [int(line) for line in result.stdout.split()]
+    assert len(counts) == 8
+    assert min(counts) > max(counts) / 8, counts

@@ -1,6 +1,7 @@
 """The wire layout: what is sealed opens, and nothing else does."""
 
 import struct
+import tracemalloc
 
 import google_crc32c
 import msgpack
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edm import wire
+from edm.dms.answering import Answerer
 from edm.errors import ProtocolError
-from edm.testing.pages import batch_of
+from edm.testing.pages import DictServer, batch_of
 from edm.types import MAX_BATCH_PAGES, PAGE_BYTES, PAGE_REF, GetStatus
 from edm.wire import HEADER_BYTES, MAX_CONTROL_BYTES, MAX_TEXT_BYTES, REF_BYTES, Frame, Kind
 
@@ -210,3 +212,48 @@ def test_a_hostile_control_message_is_refused(packed):
 def test_an_error_text_becomes_one_short_line():
     assert wire.one_line("a\nb\tc") == b"a b c"
     assert len(wire.one_line("x" * 5000)) == MAX_TEXT_BYTES
+
+
+ANSWERER = Answerer(DictServer())
+MOST_ALLOCATED = 4 << 20
+"""Sixteen times the largest control message: what msgpack may make of the bytes that are there."""
+
+
+@given(
+    kind=st.integers(0, 12),
+    claims=st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
+    body=st.binary(max_size=2000),
+    honest=st.booleans(),
+)
+@settings(deadline=None, max_examples=300)
+def test_no_message_makes_the_server_allocate_what_it_claims(kind, claims, body, honest):
+    batch, text_bytes, pages = claims
+    frame = ANSWERER.request
+    if honest:
+        length = frame.seal(kind, 0, 1, 1, 1, frame.put_text(body), 0)
+    else:
+        HEADER.pack_into(
+            frame.view, 0, b"EDMw", 1, kind, batch, 1, 1, 1, text_bytes, pages, HEADER_BYTES + len(body), 0
+        )
+        length = HEADER_BYTES + len(body)
+    tracemalloc.start()
+    try:
+        assert ANSWERER.answer(length, "peer") <= ANSWERER.reply.capacity
+        assert tracemalloc.get_traced_memory()[1] < MOST_ALLOCATED
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff",
+     b"\xc9\xff\xff\xff\xff\x01", b"\x91" * 2000, b"\x81\xa1a" * 2000, b"\xdc\xff\xff" * 600],
+)  # fmt: skip
+def test_a_control_message_allocates_for_the_bytes_it_has_not_for_those_it_claims(packed):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            wire.unpack_control(packed)
+        assert tracemalloc.get_traced_memory()[1] < MOST_ALLOCATED
+    finally:
+        tracemalloc.stop()

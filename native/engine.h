@@ -167,6 +167,7 @@ struct space {
     struct ranges known;    // registered
     struct ranges removed;  // had a REMOVE lately: pages there may predate it, see capture.c
     uint64_t removed_at_ns;
+    struct ranges stack_tops;  // of thread stacks: never evicted, see sweep.c
     uint64_t resident;
     uint64_t barrier;  // outbox sequence that must be done before a page of this space is fetched
     uint32_t refs;     // outbox items, fetch slots and waiting faults that point here

@@ -109,6 +109,8 @@ static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ran
     uint64_t inside = ranges_mask(&l->space->known, l->base);
     if (excluded->n)
         inside &= ~ranges_mask(excluded, l->base);
+    if (inside && l->space->stack_tops.n)
+        inside &= ~ranges_mask(&l->space->stack_tops, l->base);
     *pass = inside & ~l->resident;
     if (*pass && l->space->removed.n)
         *pass &= ~ranges_mask(&l->space->removed, l->base);

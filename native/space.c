@@ -45,6 +45,7 @@ void space_unref(struct space *s) {
         }
     ranges_free(&s->known);
     ranges_free(&s->removed);
+    ranges_free(&s->stack_tops);
     pthread_cond_destroy(&s->idle);
     free(s);
 }

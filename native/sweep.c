@@ -17,7 +17,8 @@
 
 struct mapping {
     uint64_t a, b;  // page numbers
-    bool writable;
+    bool writable;  // or inaccessible, and perhaps writable later
+    bool guard;     // inaccessible
 };
 
 struct mappings {
@@ -59,7 +60,8 @@ static bool parse_line(char *line, struct mapping *m) {
     const char *what = name ? line + name : "";
     if (*what && strncmp(what, "[heap]", 6) && strncmp(what, "[anon", 5))
         return false;
-    *m = (struct mapping){a >> PAGE_SHIFT, b >> PAGE_SHIFT, perm[1] == 'w' || !strncmp(perm, "---", 3)};
+    bool guard = !strncmp(perm, "---", 3);
+    *m = (struct mapping){a >> PAGE_SHIFT, b >> PAGE_SHIFT, perm[1] == 'w' || guard, guard};
     return m->b <= LSPT_MAX_PAGE;
 }
 
@@ -92,7 +94,7 @@ static bool mappings_read(struct space *s, struct mappings *out) {
                     out->cap = out->cap ? out->cap * 2 : 128;
                     out->v = xrealloc(out->v, out->cap * sizeof *out->v);
                 }
-                out->v[out->n++] = (struct mapping){at, to, m.writable};
+                out->v[out->n++] = (struct mapping){at, to, m.writable, m.guard};
             }
             if (cut[i][1] > at)
                 at = cut[i][1];
@@ -199,6 +201,15 @@ static void accept_registered(struct space *s, const struct ranges *fresh) {
     free(again.v);
 }
 
+// The top of each mapping that stands on a guard: where a C library keeps what the kernel writes to when the thread of
+// that stack exits, also while the stack waits for its next thread. pages_excluded knows the threads that are there.
+static void note_stacks(struct space *s, const struct mappings *now) {
+    s->stack_tops.n = 0;
+    for (uint32_t i = 1; i < now->n; i++)
+        if (now->v[i - 1].guard && now->v[i - 1].b == now->v[i].a && now->v[i].writable && !now->v[i].guard)
+            ranges_add(&s->stack_tops, now->v[i].b > now->v[i].a + 2 ? now->v[i].b - 2 : now->v[i].a, now->v[i].b);
+}
+
 static bool due(struct space *s) {
     uint64_t now = now_ns();
     char text[32];
@@ -229,6 +240,7 @@ bool space_sweep(struct space *s) {
         space_retire(s);
         return true;
     }
+    note_stacks(s, &now);
     struct ranges fresh = {0};
     for (uint32_t i = 0; i < now.n; i++) {
         if (!now.v[i].writable)

@@ -165,8 +165,14 @@ struct space {
     struct space *parent;
     struct lspt lspt;
     struct ranges known;    // registered
-    struct ranges removed;  // had a REMOVE lately: pages there may predate it, see capture.c
+    struct ranges removed;  // had a REMOVE lately: pages there may predate it, see removed.c
     uint64_t removed_at_ns;
+    struct suspect {
+        int tid;
+        uint64_t user_ticks;
+    } *suspect;  // threads that may still be in the system call the last REMOVE came from
+    uint32_t nsuspects;
+    bool suspects_taken;
     struct ranges stack_tops;  // of thread stacks: never evicted, see sweep.c
     uint64_t resident;
     uint64_t barrier;  // outbox sequence that must be done before a page of this space is fetched
@@ -387,6 +393,10 @@ void sidecar_drop_out(struct space *s, uint32_t windows);
 void sidecar_settle(struct space *s);
 void sidecar_end(struct space *s);
 bool pidfd_dead(int pidfd);
+
+// ---- removed.c: a REMOVE event has been read; and whether what it told of has happened
+void removed_note(struct space *s, uint64_t a, uint64_t b);
+bool removed_settled(struct space *s);
 
 // ---- capture.c: new programs; sweep.c: their mappings
 void *capture_thread(void *engine);

@@ -38,9 +38,7 @@ static void event_apply(struct edm_engine *g, struct space *s, const struct uffd
     case UFFD_EVENT_REMOVE: {
         uint64_t a = page_of(m->arg.remove.start), b = page_of(m->arg.remove.end);
         g->count.events_remove++;
-        // The event comes before the kernel drops the pages: what the sweep finds there may still go.
-        ranges_add(&s->removed, a, b);
-        s->removed_at_ns = now_ns();
+        removed_note(s, a, b);
         space_forget(s, a, b);
         break;
     }

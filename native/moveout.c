@@ -81,10 +81,18 @@ static void stage(struct edm_engine *g, struct leaf *l, int i, uint32_t slot, ui
     e->flags = stored;
 }
 
-// A page that did not move.
-static void stays(struct edm_engine *g, struct leaf *l, const struct move_window *w, int i) {
+// A page that did not move. Where all that could move did, one that was not refused is not there: it had come after a
+// REMOVE event and before what that told of, and went with it.
+static void stays(struct edm_engine *g, struct leaf *l, const struct move_window *w, int i, bool all) {
     struct lspt_entry *e = &l->e[i];
     uint64_t bit = 1ull << i;
+    if (all && !(w->busy & bit)) {
+        entry_leave(l, e);
+        e->state = PS_NEW;
+        e->where = 0;
+        e->flags &= PF_STORED;
+        return;
+    }
     e->state = PS_RESIDENT;
     if ((w->busy & w->clean & bit) && l->space->ops->unprotect(l->space, l->base + (uint64_t)i) == 0) {
         // Shared since a fork, and write-protected: as a dirty page it can be unshared and moved next time.
@@ -106,7 +114,7 @@ static void faults_resume(struct edm_engine *g, struct leaf *l, uint64_t waited,
     }
 }
 
-static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_t k, uint32_t *read) {
+static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_t k, bool all, uint32_t *read) {
     struct move_window *w = &b->w[k];
     struct leaf *l = w->leaf;
     uint64_t waited = 0, writers = 0;
@@ -129,7 +137,7 @@ static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_
                 ++*read;
             }
         } else if (w->mask & bit) {
-            stays(g, l, w, i);
+            stays(g, l, w, i, all);
         }
     }
     l->moving = false;
@@ -161,7 +169,7 @@ uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batc
     uint64_t freed = 0;
     uint32_t read = 0;
     for (uint32_t k = 0; k < b->n; k++)
-        freed += window_apply(g, b, k, &read);
+        freed += window_apply(g, b, k, r == 0, &read);
     s->batch_busy = false;
     if (freed)
         s->ops->drop_out(s, b->n);

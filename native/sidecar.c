@@ -131,7 +131,7 @@ int sidecar_move_out(struct space *s, struct move_batch *b) {
     bool alive = answered(s, true);
     if (!alive)
         s->ready = false;
-    int result = 0;
+    int result = alive ? 0 : -ESRCH;
     for (uint32_t k = 0; k < b->n; k++) {
         struct move_window *w = &b->w[k];
         uint64_t present = 0;
@@ -142,8 +142,8 @@ int sidecar_move_out(struct space *s, struct move_batch *b) {
         }
         w->moved = present;
         w->busy = c->window[k].busy & w->mask & ~w->moved;
-        if (c->window[k].error == EAGAIN || c->window[k].error == ESTALE)
-            result = -EAGAIN;
+        if (c->window[k].error && !result)
+            result = c->window[k].error == ESTALE ? -EAGAIN : -(int)c->window[k].error;
     }
     return result;
 }

@@ -46,6 +46,7 @@ void space_unref(struct space *s) {
     ranges_free(&s->known);
     ranges_free(&s->removed);
     ranges_free(&s->stack_tops);
+    free(s->suspect);
     pthread_cond_destroy(&s->idle);
     free(s);
 }

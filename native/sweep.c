@@ -12,8 +12,7 @@
 
 #include "pagemap_abi.h"
 
-#define FULL_SWEEP_NS 50000000u        // at least this often, changed or not
-#define REMOVE_SETTLES_NS 1000000000u  // a madvise whose event has been read has dropped its pages by then
+#define FULL_SWEEP_NS 50000000u  // at least this often, changed or not
 
 struct mapping {
     uint64_t a, b;  // page numbers
@@ -167,7 +166,7 @@ static void join_settled(struct space *s, uint64_t a, uint64_t b) {
 }
 
 static void removed_settle(struct space *s) {
-    if (!s->removed.n || now_ns() - s->removed_at_ns < REMOVE_SETTLES_NS)
+    if (!removed_settled(s))
         return;
     struct ranges was = s->removed;
     s->removed = (struct ranges){0};

@@ -19,7 +19,7 @@ from edm.config.settings import HandlerSettings
 from edm.errors import UsageError
 from edm.handler.workers import Workers
 from edm.interfaces import FaultSource
-from edm.plugins.transport_inproc import InprocTransport
+from edm.plugins.transport_inproc.transport import InprocTransport
 from edm.registry import Registry
 from edm.testing.fault_server import WatchfulServer
 from edm.types import RunContext

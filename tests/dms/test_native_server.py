@@ -11,7 +11,7 @@ from edm.dms.table import PageTable, page_checksums
 from edm.ops import CHANNEL, address_of
 from edm.plugins.store_file.pages import FilePages
 from edm.plugins.store_memory.pages import MemoryPages
-from edm.plugins.transport_inproc import InprocTransport
+from edm.plugins.transport_inproc.transport import InprocTransport
 from edm.types import PAGE_BYTES, PAGE_REF
 
 FETCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)

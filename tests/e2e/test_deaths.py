@@ -89,7 +89,7 @@ def test_death_of_the_memory_server_ends_the_program(edm, running):
 
 
 def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
-    process, command = running("inproc", rounds=1)
+    process, command = running("inproc", rounds=20)
     (sidecar,) = wait_for(process.pid, "edm: sidecar")
     time.sleep(0.2)
     os.kill(sidecar, signal.SIGKILL)
@@ -100,7 +100,7 @@ def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
 
 
 def test_death_of_the_holder_changes_nothing_while_the_dm_handler_lives(edm, running):
-    process, command = running("inproc", rounds=1)
+    process, command = running("inproc", rounds=20)
     holder, _ = wait_for(process.pid, "edm: holder", "edm: sidecar")
     os.kill(holder, signal.SIGKILL)
     out, err = process.communicate(timeout=60)
@@ -111,7 +111,7 @@ def test_death_of_the_holder_changes_nothing_while_the_dm_handler_lives(edm, run
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_after_the_launchers_death_the_program_goes_on(edm, running, tmp_path, transport):
-    process, command = running(transport, rounds=1)
+    process, command = running(transport, rounds=20)
     wait_for(process.pid, "edm: sidecar")
     os.kill(process.pid, signal.SIGKILL)
     out, _ = process.communicate(timeout=60)  # until the program closes its output

@@ -128,6 +128,12 @@ def test_256_megabytes_in_64_keep_the_budget(edm, program, tmp_path):
     assert edm.left_behind() == ({}, [])
 
 
+def test_what_a_stopped_madvise_drops_does_not_come_back(edm, program):
+    command = (program("dontneed_stopped"), 100, 1)
+    ran = edm.run("--transport", "inproc", "--store", "memory", "--local-memory", "8M", "--", *command)
+    assert (ran.status, ran.out, ran.err) == (0, plain(*command), "")
+
+
 def test_a_child_of_a_fork_sees_what_its_parent_wrote(edm, tmp_path):
     code = """
 import os, hashlib

@@ -10,14 +10,15 @@ WERROR := $(if $(CI),ON,OFF)
 TESTS := tests
 PYTEST_ARGS :=
 
-.PHONY: help setup native ctest ctest-plain ctest-address ctest-thread test demo soak bench docs lint format clean
+.PHONY: help setup native ctest ctest-plain ctest-address ctest-thread programs test demo soak bench docs lint format clean
 
 help:
 	@echo "make setup   create .venv and install EDM into it, editable"
 	@echo "make native  rebuild the C parts"
 	@echo "make test    C tests (plain, with ASan+UBSan, with TSan), then pytest"
+	@echo "make programs  install the programs that the end-to-end tests run, where apt can"
 	@echo "make demo    a real program in a quarter of the memory it needs"
-	@echo "make soak    the long tests"
+	@echo "make soak    the long tests; EDM_SOAK_S=3600: real programs and address spaces for an hour each"
 	@echo "make bench   the benchmarks"
 	@echo "make docs    write the generated parts of the documentation"
 	@echo "make lint    ruff, mypy --strict, clang-format"
@@ -54,10 +55,23 @@ ctest-plain ctest-address ctest-thread: ctest-%: setup
 	@$(CMAKE) --build build/ctest-$*
 	@$(CTEST) --test-dir build/ctest-$* --output-on-failure --no-tests=error
 
-test: native ctest
+# Real programs and tools of the end-to-end tests: command:package. Without them their tests skip, and say so.
+PROGRAMS := sqlite3:sqlite3 redis-server:redis-server stress-ng:stress-ng node:nodejs gdb:gdb strace:strace perf:linux-perf
+
+programs:
+	@packages=; for one in $(PROGRAMS); do \
+	  command -v "$${one%%:*}" >/dev/null 2>&1 || packages="$$packages $${one#*:}"; done; \
+	if [ -z "$$packages" ]; then :; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	  echo "make: not installed, tests that need them will be skipped:$$packages"; \
+	else export RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive; \
+	  { timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends $$packages; } \
+	    >/dev/null 2>&1 || echo "make: apt-get could not install:$$packages; tests that need them will be skipped"; fi
+
+test: native ctest programs
 	$(BIN)/python -m pytest $(TESTS) -m "not soak" $(PYTEST_ARGS)
 
-soak: native ctest
+soak: native ctest programs
 	@for seed in 101 102 103; do \
 	  for kind in plain address thread; do echo "engine, seed $$seed, $$kind"; \
 	    build/ctest-$$kind/test_engine $$seed "" 10 || exit 1; done; done

@@ -13,7 +13,9 @@ import pytest
 
 from edm._native import lib
 
-PROGRAMS = Path(__file__).parent / "programs"
+HERE = Path(__file__).parent
+PROGRAMS = HERE / "programs"
+sys.path.insert(0, str(HERE))  # what the tests of this folder share
 
 
 def pytest_collection_modifyitems(items):

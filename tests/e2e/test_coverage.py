@@ -1,0 +1,69 @@
+"""How much of a program's anonymous memory is captured, from /proc/PID/smaps, and in how many mappings it then lies."""
+
+import shutil
+import subprocess
+import time
+
+import pytest
+from test_redis import client_of, load, server_command
+from watching import Watch
+from workloads import WORKLOADS
+
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
+
+LEAST = 0.97
+MORE_MAPPINGS = 100
+"""Mappings that a captured program may have above the plain one's: EDM's library and areas, and pieces of a heap that
+grew, which do not merge once they have been touched. The pieces grow with the heap: not hundreds of them, ever."""
+
+
+def watched(process, until=None):
+    with Watch(process.pid, detail=True) as watch:
+        if until:
+            until()
+        process.communicate(timeout=120)
+    assert process.returncode == 0
+    return watch.largest
+
+
+def plain_largest(command, until=None):
+    """As `watched`, for the program without EDM: below a shell, so that it is found in the same way."""
+    shell = ["sh", "-c", '"$@"; exit $?', "sh", *map(str, command)]
+    return watched(subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE), until)
+
+
+def check(captured, plain):
+    share = captured.registered / captured.anonymous
+    sizes = f"{captured.anonymous >> 20} MiB ({plain.anonymous >> 20} plain)"
+    print(f"{captured.name}: {share:.4f} of {sizes}; {captured.mappings} mappings, {plain.mappings} plain")
+    assert captured.name == plain.name
+    assert captured.anonymous > 0.8 * plain.anonymous, "the peak was not seen"
+    assert share >= LEAST
+    assert captured.mappings <= plain.mappings + MORE_MAPPINGS
+
+
+@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w.sizes[1]], ids=lambda w: w.name)
+def test_97_percent_of_the_peak_is_captured(edm, program, tmp_path, workload):
+    if workload.missing:
+        pytest.skip(workload.missing)
+    built = workload.build(tmp_path, program, workload.sizes[1])
+    plain = plain_largest(built.command)
+    captured = watched(edm.start("run", "--transport", "inproc", "--store", "memory", "--", *built.command))
+    check(captured, plain)
+
+
+@pytest.mark.redis
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server here (make programs)")
+def test_97_percent_of_redis_is_captured(edm, tmp_path):
+    def talk(directory):
+        client = client_of(directory)
+        load(client, 1, 4000, 20_000)
+        time.sleep(0.2)
+        client.shutdown(nosave=True)
+
+    plain = plain_largest(server_command(tmp_path / "plain"), lambda: talk(tmp_path / "plain"))
+    command = server_command(tmp_path / "edm")
+    captured = watched(
+        edm.start("run", "--transport", "inproc", "--store", "memory", "--", *command), lambda: talk(tmp_path / "edm")
+    )
+    check(captured, plain)

@@ -1,0 +1,104 @@
+"""Real programs in a quarter of the memory they need, evicted all the while: what they compute is the same.
+
+The quick form is one round each. `make soak` goes round for EDM_SOAK_S seconds (600), each round at another budget and
+with another transport and store.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import time
+
+import pytest
+from watching import Watch
+from workloads import WORKLOADS
+
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
+
+LEAST_BYTES = 256 << 10
+SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
+WAYS = [("inproc", "memory"), ("mpi", "file"), ("zmq", "lmdb"), ("inproc", "file"), ("zmq", "memory")]
+
+
+@pytest.fixture(scope="module")
+def ready(program, tmp_path_factory):
+    """A workload made ready, its plain run done: (built, its output and results, the memory it needs in bytes)."""
+    directory, done = tmp_path_factory.mktemp("workloads"), {}
+
+    def make(workload, size):
+        if (workload.name, size) not in done:
+            built = workload.build(directory, program, size)
+            process = subprocess.Popen(built.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            with Watch(process.pid) as watch:
+                out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+            done[workload.name, size] = built, out, results_of(built), watch.peak_bytes
+        return done[workload.name, size]
+
+    return make
+
+
+def results_of(built):
+    return [path.read_bytes() for path in built.results]
+
+
+def run_evicted(edm, ready, report, workload, *, size, share, transport, store):
+    """Run a workload in `share` of its need and compare; returns the report."""
+    built, out, results, need = ready(workload, size)
+    budget = max(LEAST_BYTES, int(need * share))
+    for path in built.results:
+        path.unlink()
+    arguments = ("--transport", transport, "--store", store, "--local-memory", budget, "--report", report)
+    ran = edm.run(*arguments, "--", *built.command, timeout=140)
+    assert ran.status == 0, ran.err
+    assert "edm:" not in ran.err
+    if workload.same_output:
+        assert ran.out == out
+    assert results_of(built) == results
+    document = json.loads(report.read_text())
+    counters = document["counters"]
+    assert counters["internal_errors"] == counters["lost"] == counters["write_failures"] == 0
+    assert counters["evictions"] * 4096 > need - budget, "it was not evicted as it should be"
+    return document
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
+def test_program_in_a_quarter_of_its_need(edm, ready, tmp_path, workload):
+    if workload.missing:
+        pytest.skip(workload.missing)
+    run_evicted(
+        edm,
+        ready,
+        tmp_path / "r.json",
+        workload,
+        size=workload.sizes[0],
+        share=0.25,
+        transport=workload.transport,
+        store=workload.store,
+    )
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SOAK_S + 600)
+def test_programs_for_as_long_as_one_likes(edm, ready, tmp_path):
+    end, rounds = time.monotonic() + SOAK_S, 0
+    workloads = [workload for workload in WORKLOADS if not workload.missing]
+    for (transport, store), share in zip(itertools.cycle(WAYS), itertools.cycle([0.25, 0.5, 0.12, 0.8])):
+        for workload in workloads:
+            if time.monotonic() > end:
+                print(f"{rounds} runs")
+                assert rounds
+                return
+            run_evicted(
+                edm,
+                ready,
+                tmp_path / "r.json",
+                workload,
+                size=workload.sizes[0],
+                share=share,
+                transport=transport,
+                store=store,
+            )
+            rounds += 1

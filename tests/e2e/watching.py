@@ -1,0 +1,111 @@
+"""What a running program has in memory, as the kernel tells it: sampled from outside, over its whole process tree."""
+
+import threading
+import time
+from pathlib import Path
+
+import attrs
+
+EDM_PROCESSES = ("edm: ", "mpiexec", "hydra_pmi_proxy")
+
+
+@attrs.frozen
+class Memory:
+    """Anonymous memory of one process at one moment. registered: of it, in mappings of a userfaultfd; bytes."""
+
+    pid: int
+    name: str
+    anonymous: int
+    registered: int
+    mappings: int
+
+
+def children(pid):
+    """Pids of a process and all its descendants, without those of EDM."""
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text()
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        found = [] if name.startswith(EDM_PROCESSES) else [pid]
+        for task in tasks:
+            for child in (task / "children").read_text().split():
+                found += children(int(child))
+    except OSError:  # it has just ended
+        return []
+    return found
+
+
+def anonymous_bytes(pid):
+    """A process's anonymous resident memory, 0 when it has gone. Source: proc_pid_status(5), RssAnon."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            for line in file:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def memory_of(pid):
+    """Where a process's anonymous pages are, None when it has gone. Source: proc_pid_smaps(5), VmFlags um and uw."""
+    anonymous = registered = mappings = here = 0
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        with open(f"/proc/{pid}/smaps") as file:
+            for line in file:
+                if line.startswith("Anonymous:"):
+                    here = int(line.split()[1]) * 1024
+                    anonymous += here
+                    mappings += 1
+                elif line.startswith("VmFlags:") and "um" in line.split():
+                    registered += here
+    except OSError:
+        return None
+    return Memory(pid, name, anonymous, registered, mappings) if mappings else None
+
+
+class Watch:
+    """Samples the tree below `pid` until closed. peak_bytes: the largest sum of anonymous memory seen at once.
+
+    largest: with `detail`, the process (not `pid` itself) that had most, at that moment.
+    """
+
+    def __init__(self, pid, *, detail=False, every_s=0.004):
+        self._pid, self._detail, self._every_s = pid, detail, every_s
+        self.peak_bytes = 0
+        self.largest = Memory(0, "", 0, 0, 0)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self._stop.wait(self._every_s):
+            pids = children(self._pid)
+            self.peak_bytes = max(self.peak_bytes, sum(map(anonymous_bytes, pids)))
+            if self._detail:
+                self._look_closely(pids)
+
+    def _look_closely(self, pids):
+        for pid in pids:
+            memory = memory_of(pid) if pid != self._pid else None
+            if memory and memory.anonymous >= self.largest.anonymous:
+                self.largest = memory
+
+    def close(self):
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def wait_for(condition, within_s=30.0):
+    """Poll until the condition is true; returns its value, or fails."""
+    end = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+    return value

@@ -12,9 +12,10 @@ from workloads import WORKLOADS
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 
 LEAST = 0.97
-MORE_MAPPINGS = 100
-"""Mappings that a captured program may have above the plain one's: EDM's library and areas, and pieces of a heap that
-grew, which do not merge once they have been touched. The pieces grow with the heap: not hundreds of them, ever."""
+MORE_MAPPINGS = 250
+"""Mappings that a captured program may have above the plain one's: EDM's library and areas, and the pieces of a heap
+that grew. A piece that was touched before it was registered merges with no neighbour, so their number grows with the heap
+(by about a hundred at 140 MiB): too many for a large one. This bounds it for the sizes here, and no more."""
 
 
 def watched(process, until=None):

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 LEAST = 0.97
 MORE_MAPPINGS = 250
 """Mappings that a captured program may have above the plain one's: EDM's library and areas, and the pieces of a heap
-that grew. A piece that was touched before it was registered merges with no neighbour, so their number grows with the heap
+that grew. A piece that was touched before it was registered merges with no neighbour: their number grows with the heap
 (by about a hundred at 140 MiB): too many for a large one. This bounds it for the sizes here, and no more."""
 
 

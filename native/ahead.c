@@ -2,12 +2,12 @@
 // message and installed in one call; new pages are filled the same way. Only within the budget.
 #include "engine.h"
 
-#include <errno.h>
-#include <sys/mman.h>
-
-// Never into what waiting faults need, and never at the price of a page that is in use.
-static bool room_ahead(const struct edm_engine *g) {
-    return !g->waiting.n && (!g->limit || g->resident + g->inbound + 1 < g->limit);
+// How many pages may come: never into what waiting faults need, and never at the price of a page that is in use.
+static uint32_t room_ahead(const struct edm_engine *g) {
+    uint64_t used = g->resident + g->inbound + 1;
+    if (g->waiting.n || (g->limit && used >= g->limit))
+        return 0;
+    return g->limit && g->limit - used < MAX_FETCH ? (uint32_t)(g->limit - used) : MAX_FETCH;
 }
 
 static struct stream *stream_of(struct edm_engine *g, struct fault f) {
@@ -29,7 +29,9 @@ void ahead_fetch(struct edm_engine *g, struct worker *w, struct fault f) {
     if (!st)
         return;
     uint64_t found[MAX_FETCH], page = f.page, last = f.page;
-    uint32_t n = 0, most = MAX_FETCH - w->n;
+    uint32_t n = 0, most = MAX_FETCH - w->n, room = room_ahead(g);
+    if (most > room)
+        most = room;
     for (uint32_t looked = 0; n < st->window && n < most && looked < 2 * MAX_FETCH; looked++) {
         page += (uint64_t)st->stride;
         struct leaf *l = lspt_leaf(&f.space->lspt, page);
@@ -43,16 +45,14 @@ void ahead_fetch(struct edm_engine *g, struct worker *w, struct fault f) {
             found[n++] = page;
     }
     // In the order of their addresses, for one copy to install them.
-    uint32_t asked = 0;
+    uint32_t flags = FAULT_AHEAD | (f.flags & UFFD_PAGEFAULT_FLAG_WRITE);
     bool protect = g->fetch[w->slot[w->n - 1]].protect;
-    for (uint32_t i = 0; i < n && room_ahead(g); i++) {
+    for (uint32_t i = 0; i < n; i++) {
         uint64_t at = st->stride < 0 ? found[n - 1 - i] : found[i];
-        asked += fetch_ask(g, w, f.space, at, lspt_entry(&f.space->lspt, at),
-                           FAULT_AHEAD | (f.flags & UFFD_PAGEFAULT_FLAG_WRITE), protect);
+        if (!fetch_ask(g, w, f.space, at, lspt_entry(&f.space->lspt, at), flags, protect))
+            engine_error(g, "no place to fetch page %#lx", (unsigned long)at);  // there is one for each of a batch
     }
-    if (asked < n)
-        last = f.page + (uint64_t)st->stride * asked;
-    stream_brought(st, asked, last);
+    stream_brought(st, n, last);
 }
 
 static uint64_t known_until(const struct ranges *known, uint64_t page, uint64_t most) {
@@ -68,16 +68,9 @@ static bool fillable(struct space *s, uint64_t page) {
 // A stream over pages that are new: they are zeros, and a writer gets them with memory behind them, or each would fault
 // once more in the kernel.
 void ahead_fill(struct edm_engine *g, struct fault f) {
-    static uint8_t *zeros;
     struct stream *st = stream_of(g, f);
     if (!st || (st->stride != 1 && st->stride != -1))
         return;
-    if (!zeros) {
-        void *p = mmap(NULL, MAX_FETCH * PAGE_SIZE_, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED)
-            return;
-        zeros = p;
-    }
     struct space *s = f.space;
     uint64_t end = st->stride > 0 ? known_until(&s->known, f.page + 1, f.page + 1 + st->window) : f.page;
     uint32_t n = 0;
@@ -87,12 +80,13 @@ void ahead_fill(struct edm_engine *g, struct fault f) {
     else
         while (n < st->window && f.page > n && ranges_has(&s->known, f.page - n - 1) && fillable(s, f.page - n - 1))
             n++;
-    while (n && g->limit && g->resident + g->inbound + n + 1 >= g->limit)
-        n /= 2;
-    if (!n || g->waiting.n)
+    uint32_t room = room_ahead(g);
+    n = n < room ? n : room;
+    if (!n)
         return;
     uint64_t from = st->stride > 0 ? f.page + 1 : f.page - n;
-    int done = f.flags & UFFD_PAGEFAULT_FLAG_WRITE ? s->ops->copy(s, from, n, zeros, false) : s->ops->zero(s, from, n);
+    int done =
+        f.flags & UFFD_PAGEFAULT_FLAG_WRITE ? s->ops->copy(s, from, n, g->zeros, false) : s->ops->zero(s, from, n);
     if (done < 0)
         return;  // something is there already, or an event is on its way: each will fault for itself
     for (uint32_t i = 0; i < (uint32_t)done; i++) {

@@ -110,9 +110,10 @@ struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
     g->out_pages = map_pages(EDM_OUTBOX_BATCH);
     g->out_refs = calloc(EDM_OUTBOX_BATCH, sizeof *g->out_refs);
     g->batch = batch_new();
+    g->zeros = map_pages(MAX_FETCH);
     g->nfetch = MAX_WORKERS * MAX_FETCH;
     g->fetch = calloc(g->nfetch + 1, sizeof *g->fetch);
-    if (!g->slots || !g->slot || !g->out_pages || !g->out_refs || !g->batch || !g->fetch)
+    if (!g->slots || !g->slot || !g->out_pages || !g->out_refs || !g->batch || !g->zeros || !g->fetch)
         goto fail;
     for (uint32_t i = 0; i < g->nslots; i++)
         g->slot[i].next_free = i + 2 <= g->nslots ? i + 2 : 0;
@@ -206,6 +207,7 @@ void edm_engine_free(struct edm_engine *g) {
     unmap_pages(g->slots, g->nslots);
     unmap_pages(g->out_pages, EDM_OUTBOX_BATCH);
     batch_free(g->batch);
+    unmap_pages(g->zeros, MAX_FETCH);
     trace_free(g);
     int fds[] = {g->epoll, g->kick, g->listen_fd, g->dev_fd};
     for (int i = 0; i < 4; i++)

@@ -303,6 +303,7 @@ struct edm_engine {
     pthread_t lpet, capture;
     bool lpet_running, capture_running;
     struct move_batch *batch;  // the LPET's
+    uint8_t *zeros;            // MAX_FETCH pages, to fill new ones with
     _Atomic int home;          // CPU where the engine's threads are to run; -1: anywhere
     int lpet_cpu, out_cpu;
     int listen_fd, dev_fd;
@@ -333,6 +334,7 @@ void entry_arrived(struct space *s, struct leaf *l, struct lspt_entry *e, uint64
 void entry_leave(struct leaf *l, struct lspt_entry *e);  // no longer resident, state set by the caller
 // Forget pages [a, b): what is stored of them is dropped at the DMS.
 void space_forget(struct space *s, uint64_t a, uint64_t b);
+void space_drop_stored(struct space *s, uint64_t page, uint64_t count);
 void space_move(struct space *s, uint64_t from, uint64_t to, uint64_t count);
 
 // ---- events.c [3-5]

@@ -87,10 +87,12 @@ static void stays(struct edm_engine *g, struct leaf *l, const struct move_window
     struct lspt_entry *e = &l->e[i];
     uint64_t bit = 1ull << i;
     if (all && !(w->busy & bit)) {
+        // Zeros from now on: with its version, and stored as it may be, the DMS could be asked for what it was.
+        bool stored = e->flags & PF_STORED;
         entry_leave(l, e);
-        e->state = PS_NEW;
-        e->where = 0;
-        e->flags &= PF_STORED;
+        memset(e, 0, sizeof *e);
+        if (stored)
+            space_drop_stored(l->space, l->base + (uint64_t)i, 1);
         return;
     }
     e->state = PS_RESIDENT;
@@ -127,6 +129,9 @@ static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_
             writers |= bit;
         e->flags &= ~(PF_WAITED | PF_WRITER);
         if (w->moved & bit) {
+            if (e->state != PS_EVICTING && e->state != PS_RESIDENT && e->state != PS_NEW)
+                engine_error(g, "page %#lx moved out in state %d", (unsigned long)(l->base + (uint64_t)i),
+                             (int)e->state);
             entry_leave(l, e);
             g->count.evictions++;
             e->where = 0;

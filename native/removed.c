@@ -59,11 +59,12 @@ static void look_at_threads(struct space *s) {
         return;
     for (struct dirent *e; (e = readdir(d));) {
         int tid = atoi(e->d_name);
-        if (tid <= 0 || elsewhere(s->pid, tid))
+        uint64_t ticks = tid > 0 && !elsewhere(s->pid, tid) ? user_ticks(s->pid, tid) : UINT64_MAX;
+        if (ticks == UINT64_MAX)
             continue;
         if (s->nsuspects % 16 == 0)
             s->suspect = xrealloc(s->suspect, (s->nsuspects + 16) * sizeof *s->suspect);
-        s->suspect[s->nsuspects++] = (struct suspect){tid, user_ticks(s->pid, tid)};
+        s->suspect[s->nsuspects++] = (struct suspect){tid, ticks};
     }
     closedir(d);
 }

@@ -15,6 +15,7 @@
 
 #define PAGE 4096ul
 #define BATCH 1024u
+#define PATIENCE_S 1.0  // for the lock; then Python waits for it, with the run's deadlines and words
 
 struct edm_server {
     struct edm_server_ops ops;
@@ -38,7 +39,8 @@ static int get(void *self, uint32_t instance, struct edm_page_ref *refs, uint32_
     struct edm_server *s = self;
     if (n > BATCH || edm_refs_foreign(refs, n, instance))
         return -EAGAIN;
-    pthread_mutex_lock(&s->mu);
+    if (pthread_mutex_trylock(&s->mu) && edm_server_enter(s, PATIENCE_S))
+        return -EAGAIN;
     size_t found = edm_spt_lookup(s->spt, refs, n, s->slots);
     bool ok = true;
     if (found == n)

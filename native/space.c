@@ -156,6 +156,18 @@ static void leaf_settle(struct space *s, struct leaf *l) {
         lspt_leaf_free(&s->lspt, l);
 }
 
+// The DMS is to forget pages that the program no longer has.
+void space_drop_stored(struct space *s, uint64_t page, uint64_t count) {
+    uint32_t id = outbox_push(s->engine, EDM_OUT_DROP, s);
+    struct outbox_item *o = outbox_item_at(s->engine, id);
+    o->a = page;
+    o->b = count;
+    if (s->engine->cfg.ask) {  // or a question asked before the drop is carried out finds the old page
+        s->barrier = o->seq;
+        s->engine->outbox_urgent = true;
+    }
+}
+
 void space_forget(struct space *s, uint64_t a, uint64_t b) {
     bool stored = false;
     struct leaf *l;
@@ -167,16 +179,8 @@ void space_forget(struct space *s, uint64_t a, uint64_t b) {
         leaf_settle(s, l);
         at = base + LEAF_PAGES;
     }
-    if (stored && !s->dead) {
-        uint32_t id = outbox_push(s->engine, EDM_OUT_DROP, s);
-        struct outbox_item *o = outbox_item_at(s->engine, id);
-        o->a = a;
-        o->b = b - a;
-        if (s->engine->cfg.ask) {  // or a question asked before the drop is carried out finds the old page
-            s->barrier = o->seq;
-            s->engine->outbox_urgent = true;
-        }
-    }
+    if (stored && !s->dead)
+        space_drop_stored(s, a, b - a);
 }
 
 // One entry changes its address. Returns whether the DMS may hold the page.

@@ -49,7 +49,10 @@ class FilePages:
         try:
             if self.native == ffi.NULL:
                 raise MemoryError
-            self._table = ffi.gc(lib.edm_pf_table_new(self.native), lib.edm_pf_table_free)
+            table = lib.edm_pf_table_new(self.native)
+            if table == ffi.NULL:
+                raise MemoryError
+            self._table = ffi.gc(table, lib.edm_pf_table_free)
             self.__edm_ops__ = capsule(int(ffi.cast("uintptr_t", self._table)), PAGE_STORE)
             if direct:
                 self._check_direct()

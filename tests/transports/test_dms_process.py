@@ -303,6 +303,18 @@ def test_a_job_of_the_wrong_ranks_is_one_clear_line(ranks, text):
 
 
 @pytest.mark.mpi
+def test_memory_servers_without_a_dm_handler_say_so_and_end():
+    result = subprocess.run(
+        [find_mpiexec(), "-n", "2", *EDM, "dms", "--transport", "mpi"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("edm: ")]
+    assert len(lines) == 2
+    assert all("has no DM-Handler" in line for line in lines)
+    assert "MPI routine" not in result.stderr + result.stdout
+
+
+@pytest.mark.mpi
 def test_a_rank_with_a_mistake_ends_the_job_at_once(tmp_path):
     began = time.monotonic()
     result = subprocess.run(

@@ -82,7 +82,7 @@ def find_mpiexec(option: str = "") -> str:
 def end_job(status: int) -> None:
     """End the MPI job this process is a rank of, which cannot take part in it; else the other ranks wait for it.
 
-    Does nothing outside a job. Does not return inside one, unless MPI cannot be reached.
+    Does nothing outside a job, or in one that all ranks have left. Does not return inside one, unless MPI cannot be reached.
     """
     if not under_mpi():
         return
@@ -97,6 +97,8 @@ def end_job(status: int) -> None:
         return
     from mpi4py import MPI  # noqa: PLC0415
 
+    if MPI.Is_finalized():
+        return  # all ranks agreed to leave: each ends with its own status
     if not MPI.Is_initialized():
         MPI.Init()
     MPI.COMM_WORLD.Abort(status)

@@ -43,21 +43,23 @@ enum page_flag {
     PF_WRITER = 8,  // … to write to it
 };
 
-// 16 bytes a page.
-struct lspt_entry {
-    uint64_t state : 4, flags : 8, where : 40, version_low : 12;
-    uint32_t version_high;
-    uint32_t checksum;
+// 15 bytes a page, and 16 with its share of the leaf.
+struct __attribute__((packed)) lspt_entry {
+    uint8_t state : 4, flags : 4;
+    uint32_t where, checksum, version_low;
+    uint16_t version_high;
 };
-_Static_assert(sizeof(struct lspt_entry) == 16, "the LSPT costs 16 bytes a page");
+_Static_assert(sizeof(struct lspt_entry) == 15, "the LSPT costs 16 bytes a page");
 
 static inline uint64_t entry_version(const struct lspt_entry *e) {
-    return (uint64_t)e->version_high << 12 | e->version_low;
+    return (uint64_t)e->version_high << 32 | e->version_low;
 }
 static inline void entry_set_version(struct lspt_entry *e, uint64_t v) {
-    e->version_low = v & 0xfff;
-    e->version_high = (uint32_t)(v >> 12);
+    e->version_low = (uint32_t)v;
+    e->version_high = (uint16_t)(v >> 32);
 }
+// What does not fit is not known: 32 bits are 16 TiB of frames.
+static inline uint32_t entry_pfn(uint64_t pfn) { return pfn >> 32 ? 0 : (uint32_t)pfn; }
 
 struct space;
 
@@ -73,6 +75,7 @@ struct leaf {
     bool moving;  // pages of it are moving out: none may be installed meanwhile
     struct lspt_entry e[LEAF_PAGES];
 };
+_Static_assert(sizeof(struct leaf) + sizeof(struct leaf *) <= 16 * LEAF_PAGES, "the LSPT costs 16 bytes a page");
 
 #define RADIX_BITS 10
 #define RADIX_SIZE (1 << RADIX_BITS)

@@ -1,5 +1,5 @@
 // The LSPT: which page of a captured program is where. A three-level radix tree over page numbers whose leaves hold
-// 64 entries of 16 bytes; only what was touched has a leaf. Also sorted page ranges.
+// 64 entries of 15 bytes; only what was touched has a leaf. Also sorted page ranges.
 #include <stdlib.h>
 #include <string.h>
 

@@ -77,7 +77,7 @@ void entry_resident(struct space *s, struct leaf *l, struct lspt_entry *e, uint6
 void entry_arrived(struct space *s, struct leaf *l, struct lspt_entry *e, uint64_t page) {
     entry_resident(s, l, e, page);
     if (s->engine->cfg.record_pfn && s->ops->pfn)
-        e->where = s->ops->pfn(s, page) & ((1ull << 40) - 1);
+        e->where = entry_pfn(s->ops->pfn(s, page));
 }
 
 int edm_engine_page(struct edm_engine *g, int32_t pid, uint64_t page, struct edm_page_state *out) {
@@ -90,7 +90,7 @@ int edm_engine_page(struct edm_engine *g, int32_t pid, uint64_t page, struct edm
         struct lspt_entry *e = lspt_entry(&s->lspt, page);
         *out = (struct edm_page_state){0};
         if (e && e->state == PS_RESIDENT && !e->where && s->ops->pfn)
-            e->where = s->ops->pfn(s, page) & ((1ull << 40) - 1);
+            e->where = entry_pfn(s->ops->pfn(s, page));
         if (e) {
             out->state = e->state;
             out->clean = (e->flags & PF_CLEAN) != 0;

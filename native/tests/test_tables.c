@@ -117,7 +117,7 @@ static void lspt_matches_a_list(void) {
             struct lspt_entry *e = lspt_entry(t, page);
             CHECK(i == n ? !e || entry_version(e) == 0 : e && entry_version(e) == model[i].version);
             if (i == n && n < FEW) {
-                model[n] = (struct model_page){page, below(1ull << 44) + 1};
+                model[n] = (struct model_page){page, below(1ull << 47) + 1};
                 entry_set_version(lspt_entry_make(t, NULL, page), model[n].version);
                 n++;
             } else if (n && below(3) == 0) {  // forget the leaf of one
@@ -143,12 +143,12 @@ static void lspt_matches_a_list(void) {
 }
 
 static void entry_keeps_its_fields_apart(void) {
-    struct lspt_entry e = {.state = PS_REMOTE, .flags = 0xff, .where = (1ull << 40) - 1, .checksum = 0xffffffff};
-    for (int i = 0; i < 44; i++) {
+    struct lspt_entry e = {.state = PS_REMOTE, .flags = 0xf, .where = 0xffffffff, .checksum = 0xffffffff};
+    for (int i = 0; i < 48; i++) {
         entry_set_version(&e, 1ull << i);
         CHECK(entry_version(&e) == 1ull << i);
     }
-    CHECK(e.state == PS_REMOTE && e.flags == 0xff && e.where == (1ull << 40) - 1 && e.checksum == 0xffffffff);
+    CHECK(e.state == PS_REMOTE && e.flags == 0xf && e.where == 0xffffffff && e.checksum == 0xffffffff);
 }
 
 // ---- fault queues

@@ -82,7 +82,8 @@ def find_mpiexec(option: str = "") -> str:
 def end_job(status: int) -> None:
     """End the MPI job this process is a rank of, which cannot take part in it; else the other ranks wait for it.
 
-    Does nothing outside a job, or in one that all ranks have left. Does not return inside one, unless MPI cannot be reached.
+    Does nothing outside a job, or in one that all ranks have left. Does not return inside one, unless MPI cannot be
+    reached.
     """
     if not under_mpi():
         return

@@ -15,7 +15,7 @@ static struct stream *stream_of(struct edm_engine *g, struct fault f) {
         return NULL;
     struct streams *t = &f.space->streams;
     uint64_t brought = t->total_brought, useful = t->total_useful;
-    struct stream *st = stream_fault(t, f.thread, f.page, (f.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0);
+    struct stream *st = stream_fault(t, f.thread, f.page);
     if (st->window > g->cfg.ahead_pages)
         st->window = g->cfg.ahead_pages;
     g->count.ahead += t->total_brought - brought;

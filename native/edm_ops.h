@@ -38,24 +38,6 @@ struct edm_server_ops {
 struct edm_page_store_ops {
     uint32_t version, bytes;
     void *self;
-    /* As PageStore.get, .put and .free. 0 or a negative errno: the same call through Python says what it was. All but
-       `get` may be NULL: only through Python. */
+    /* As PageStore.get. 0 or a negative errno: the same call through Python says what it was. */
     int (*get)(void *self, const uint64_t *slots, uint32_t n, void *into);
-    int (*put)(void *self, const void *pages, const uint32_t *checksums, uint32_t n, uint64_t *slots);
-    void (*free_slots)(void *self, const uint64_t *slots, uint32_t n);
-    /* As PageStore.sync under the store's sync policy. */
-    int (*sync)(void *self);
-};
-
-/* "edm.spt_store_ops": offered by an SptStore. One thread at a time. */
-struct edm_spt_store_ops {
-    uint32_t version, bytes;
-    void *self;
-    /* Fill version, checksum, status (1: stored, 0: not) of each ref, and its slot; returns how many are stored. */
-    int64_t (*lookup)(void *self, struct edm_page_ref *refs, uint32_t n, uint64_t *slots);
-    /* As SptStore.record and .commit; slots let go of are collected for take_gone. 0 or a negative errno. */
-    int (*record)(void *self, const struct edm_page_ref *refs, const uint64_t *slots, uint32_t n);
-    int (*commit)(void *self);
-    /* At most `max` slots let go of since the last call; returns how many. */
-    int64_t (*take_gone)(void *self, uint64_t *slots, uint32_t max);
 };

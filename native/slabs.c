@@ -42,7 +42,7 @@ static int slabs_get(void *self, const uint64_t *slots, uint32_t n, void *into) 
 struct edm_slabs *edm_slabs_new(uint64_t slab_pages) {
     struct edm_slabs *s = calloc(1, sizeof *s);
     if (s) {
-        s->ops = (struct edm_page_store_ops){EDM_OPS_VERSION, sizeof s->ops, s, slabs_get, NULL, NULL, NULL};
+        s->ops = (struct edm_page_store_ops){EDM_OPS_VERSION, sizeof s->ops, s, slabs_get};
         s->slab_pages = slab_pages;
     }
     return s;
@@ -81,7 +81,7 @@ static int files_get(void *self, const uint64_t *slots, uint32_t n, void *into) 
 void *edm_pf_table_new(struct edm_pf *pf) {
     struct edm_page_store_ops *t = calloc(1, sizeof *t);
     if (t)
-        *t = (struct edm_page_store_ops){EDM_OPS_VERSION, sizeof *t, pf, files_get, NULL, NULL, NULL};
+        *t = (struct edm_page_store_ops){EDM_OPS_VERSION, sizeof *t, pf, files_get};
     return t;
 }
 

@@ -64,7 +64,7 @@ static void gone_wrong(struct streams *t, struct stream *s) {
     judge(t);
 }
 
-struct stream *stream_fault(struct streams *t, uint32_t thread, uint64_t page, bool write) {
+struct stream *stream_fault(struct streams *t, uint32_t thread, uint64_t page) {
     bool on;
     if (!t->most)
         t->most = STREAM_MOST;
@@ -86,7 +86,6 @@ struct stream *stream_fault(struct streams *t, uint32_t thread, uint64_t page, b
     if (s->window > t->most)
         s->window = t->most;
     s->step = s->used ? step : 0;
-    s->writes = write;
     s->last = page;
     s->ahead = 0;
     s->used = ++t->clock;

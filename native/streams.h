@@ -10,7 +10,6 @@ struct stream {
     uint32_t thread;
     uint32_t window;       // pages to bring ahead at the next fault that is as expected
     uint32_t ahead;        // pages brought ahead at the last one
-    bool writes;           // its last fault was a write
     int64_t stride, step;  // pages from one fault to the next: as trusted (0: not), and as last seen
     uint64_t last, next;   // page touched or brought last; where the next fault should be
     uint64_t used;
@@ -25,6 +24,6 @@ struct streams {
 };
 
 // A thread has faulted: its stream, whose `stride` and `window` say what to bring ahead (stride 0: nothing).
-struct stream *stream_fault(struct streams *t, uint32_t thread, uint64_t page, bool write);
+struct stream *stream_fault(struct streams *t, uint32_t thread, uint64_t page);
 // `pages` pages were brought ahead, the last of them (or of what was there already) being `last`.
 void stream_brought(struct stream *s, uint32_t pages, uint64_t last);

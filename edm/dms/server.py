@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAGE_STORE_BYTES: Final = 48
+PAGE_STORE_BYTES: Final = 24
 """sizeof(struct edm_page_store_ops)."""
 _REFUSALS: Final = {
     lib.EDM_SCREEN_STALE: "an older version than the stored one",

@@ -2,16 +2,20 @@
 
 Place on the path: a fault worker calls `fetch` [5, 11], the write-back thread `evict` and `control`. A transport brings
 `Link`s, one for each memory server; this module numbers requests, waits with a deadline, sends again where the
-transport can lose messages, and throws away replies to requests that were given up.
+transport can lose messages, and throws away replies to requests that were given up. Over a link that C can carry
+messages over, fetches and evictions that go well are made by native/conversation.c; everything else is made here.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
+from edm._native import ffi, lib
 from edm.errors import ProtocolError, TransportError, TransportTimeout
+from edm.ops import CHANNEL, capsule
 from edm.types import PAGE_BYTES
 from edm.wire import Frame, Head, Kind, pack_control, unpack_control
 
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 _GET, _PAGES, _EVICT, _ACK, _CONTROL, _ANSWER, _REFUSED = map(
     int, (Kind.GET, Kind.PAGES, Kind.EVICT, Kind.ACK, Kind.CONTROL, Kind.ANSWER, Kind.REFUSED)
 )
+_REFS: Final = ffi.typeof("struct edm_page_ref[]")
+_TOO_LATE: Final = (-errno.ETIMEDOUT, -errno.EBUSY)
+_LATE: Final = "no answer from the memory server within the deadline"
 
 
 class Link(Protocol):
@@ -51,11 +58,30 @@ class Link(Protocol):
         """Release the link; a second call does nothing."""
 
 
+@runtime_checkable
+class CarryingLink(Link, Protocol):
+    """A link that C can send and receive over as well.
+
+    carrier: a `struct edm_carrier` (native/carrier.h), which lives as long as the link.
+    """
+
+    carrier: Any
+
+    def keep(self, frame: Frame) -> None:
+        """Give `frame` a fresh buffer: C has sent from the old one, and it may still be read."""
+
+    def check(self) -> None:
+        """Raise `PeerLost` if the link is closed or the memory server can be seen to be gone."""
+
+
 class Session:
-    """What all channels of one transport share: the instance number that each memory server gave."""
+    """What all channels of one transport share.
+
+    instances: the number that each memory server gave, a C array.
+    """
 
     def __init__(self, servers: int) -> None:
-        self.instances = [0] * servers
+        self.instances = ffi.new("uint32_t[]", servers)
         self._next_channel = 1
         self._lock = threading.Lock()
 
@@ -84,15 +110,62 @@ class Conversation:
         self._request = 0
         self._length = 0
         self._deadline = 0.0
-        self.late = 0
+        self._carried = link if isinstance(link, CarryingLink) else None
+        carrier = ffi.NULL if self._carried is None else self._carried.carrier
+        native = lib.edm_conversation_new(
+            carrier, number, session.instances + server, link.reply.pointer, link.reply.capacity, resend_s or 0.0
+        )
+        if native == ffi.NULL:
+            raise MemoryError
+        self._native = ffi.gc(native, lib.edm_conversation_free)
+        lib.edm_conversation_out(native, self.out.pointer)
+
+    def table(self) -> int:
+        """Address of the "edm.channel_ops" over this conversation; 0 where C cannot carry its messages."""
+        return 0 if self._carried is None else int(ffi.cast("uintptr_t", lib.edm_conversation_table(self._native)))
+
+    def fetched(self, refs: PageRefs, into: memoryview, timeout_s: float) -> bool:
+        """Whether C has carried out a whole fetch; raises `TransportTimeout`, `PeerLost`."""
+        return self._carried is not None and not self._failed(
+            lib.edm_conversation_fetch(
+                self._native,
+                ffi.from_buffer(_REFS, refs),
+                len(refs),
+                ffi.from_buffer(into, require_writable=True),
+                timeout_s,
+            )
+        )
+
+    def evicted(self, refs: PageRefs, pages: memoryview, timeout_s: float) -> bool:
+        """Whether C has carried out a whole eviction with no page refused; raises `TransportTimeout`, `PeerLost`."""
+        return self._carried is not None and not self._failed(
+            lib.edm_conversation_evict(
+                self._native, ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(pages), timeout_s
+            )
+        )
+
+    def _failed(self, result: int) -> bool:
+        if result in _TOO_LATE:
+            self.ready()
+            assert self._carried is not None
+            self._carried.check()
+            raise TransportTimeout(_LATE)
+        return result != 0
+
+    def ready(self) -> None:
+        """Make `out` ready for the next request, where the link has kept its buffer."""
+        if lib.edm_conversation_lost(self._native):
+            assert self._carried is not None
+            self._carried.keep(self.out)
+            lib.edm_conversation_out(self._native, self.out.pointer)
 
     def start(self, kind: int, count: int, text_bytes: int, pages: int, deadline: float) -> None:
         """Send the request that stands in `out`; it has to be answered by `deadline` (`time.monotonic()`)."""
-        self._request += 1
+        self._request = lib.edm_conversation_next(self._native)
         instance = self._session.instances[self._server]
         self._length = self.out.seal(kind, count, self._number, instance, self._request, text_bytes, pages)
         self._deadline = deadline
-        self.link.send(self.out, self._length, deadline)
+        self._send()
 
     def finish(self, wanted: int, count: int) -> Head:
         """Wait for the reply to the request last sent; it is then in `reply`.
@@ -107,7 +180,6 @@ class Conversation:
                 continue
             head = self.reply.open(length)
             if head.request != self._request or head.channel != self._number:
-                self.late += 1
                 continue
             if head.kind == wanted and head.batch == count:
                 return head
@@ -122,9 +194,16 @@ class Conversation:
 
     def _again(self) -> None:
         if time.monotonic() >= self._deadline:
-            raise TransportTimeout("no answer from the memory server within the deadline")
+            raise TransportTimeout(_LATE)
         if self._resend_s is not None:
+            self._send()
+
+    def _send(self) -> None:
+        try:
             self.link.send(self.out, self._length, self._deadline)
+        finally:
+            # A link may have given it another buffer.
+            lib.edm_conversation_out(self._native, self.out.pointer)
 
 
 class WireChannel:
@@ -136,14 +215,20 @@ class WireChannel:
         self._session = session
         self._deadline_s = deadline_s
         self._conversation = Conversation(link, session, 0, number, resend_s)
+        if table := self._conversation.table():
+            self.__edm_ops__ = capsule(table, CHANNEL)
 
     def fetch(self, refs: PageRefs, into: memoryview) -> None:
         """Fill statuses, versions, checksums and pages of a batch of 1 to 1024 references in place [5, 11]."""
+        if self._conversation.fetched(refs, into, self._deadline_s):
+            return
         fetch(self._conversation, refs, time.monotonic() + self._deadline_s)
         receive_pages(self._conversation, refs, into)
 
     def evict(self, refs: PageRefs, pages: memoryview) -> str:
         """Store a batch of 1 to 1024 pages; fills statuses in place, returns the memory server's error text."""
+        if self._conversation.evicted(refs, pages, self._deadline_s):
+            return ""
         evict(self._conversation, refs, pages, time.monotonic() + self._deadline_s)
         return receive_ack(self._conversation, refs)
 
@@ -162,6 +247,7 @@ class WireChannel:
 
 def fetch(conversation: Conversation, refs: PageRefs, deadline: float) -> None:
     """Start a `RequestGetPage`."""
+    conversation.ready()
     conversation.out.put_refs(refs)
     conversation.start(_GET, len(refs), 0, 0, deadline)
 
@@ -174,6 +260,7 @@ def receive_pages(conversation: Conversation, refs: PageRefs, into: memoryview) 
 
 def evict(conversation: Conversation, refs: PageRefs, pages: memoryview, deadline: float) -> None:
     """Start a `RequestEvictPage`."""
+    conversation.ready()
     count = len(refs)
     conversation.out.put_refs(refs)
     conversation.out.pages(count)[:] = pages[: count * PAGE_BYTES]
@@ -189,6 +276,7 @@ def receive_ack(conversation: Conversation, refs: PageRefs) -> str:
 
 def ask(conversation: Conversation, request: Mapping[str, Any], deadline: float) -> None:
     """Start a control request."""
+    conversation.ready()
     text_bytes = conversation.out.put_text(pack_control(request))
     conversation.start(_CONTROL, 0, text_bytes, 0, deadline)
 

@@ -80,10 +80,11 @@ _WRONG: Final = {
 class Frame:
     """A buffer for one message, of at most `MAX_MESSAGE_BYTES`. Used by one thread at a time.
 
-    view: the whole buffer, writable. refs: the page references of a message, of which the first `count` mean something.
+    view: the whole buffer, writable. pointer: its address, for C. refs: the page references of a message, of which the
+    first `count` mean something.
     """
 
-    __slots__ = ("_head", "_pointer", "array", "capacity", "refs", "view")
+    __slots__ = ("_head", "array", "capacity", "pointer", "refs", "view")
 
     def __init__(self) -> None:
         self.capacity = MAX_MESSAGE_BYTES
@@ -96,7 +97,7 @@ class Frame:
         self.array = np.zeros(self.capacity, np.uint8)
         self.view = self.array.data
         self.refs: PageRefs = np.frombuffer(self.array, PAGE_REF, MAX_BATCH_PAGES, HEADER_BYTES)
-        self._pointer = ffi.from_buffer(self.array)
+        self.pointer = ffi.from_buffer(self.array)
 
     @property
     def kind(self) -> int:
@@ -105,11 +106,11 @@ class Frame:
 
     def put_refs(self, refs: PageRefs) -> None:
         """Copy page references in; refs: contiguous."""
-        ffi.memmove(self._pointer + HEADER_BYTES, refs, len(refs) * REF_BYTES)
+        ffi.memmove(self.pointer + HEADER_BYTES, refs, len(refs) * REF_BYTES)
 
     def take_refs(self, refs: PageRefs) -> None:
         """Copy as many page references out as `refs` has room for; refs: contiguous, writable."""
-        ffi.memmove(refs, self._pointer + HEADER_BYTES, len(refs) * REF_BYTES)
+        ffi.memmove(refs, self.pointer + HEADER_BYTES, len(refs) * REF_BYTES)
 
     def pages(self, count: int) -> memoryview:
         """The place of the pages in a message of `count` references: `count` pages, writable."""
@@ -136,7 +137,7 @@ class Frame:
 
         The arguments are the fields of `Head`.
         """
-        length: int = lib.edm_wire_seal(self._pointer, kind, batch, channel, instance, request, text_bytes, pages)
+        length: int = lib.edm_wire_seal(self.pointer, kind, batch, channel, instance, request, text_bytes, pages)
         return length
 
     def open(self, length: int) -> Head:
@@ -146,7 +147,7 @@ class Frame:
         have a checksum each, in their references, which whoever uses the pages verifies. The result is valid until the
         next call.
         """
-        wrong = lib.edm_wire_open(self._pointer, length, self.capacity, self._head)
+        wrong = lib.edm_wire_open(self.pointer, length, self.capacity, self._head)
         if wrong:
             raise ProtocolError(_WRONG[wrong].format(length=length, head=self._head, version=VERSION))
         return self._head  # type: ignore[no-any-return]
@@ -158,13 +159,13 @@ class Frame:
         reply is about other pages.
         """
         if lib.edm_wire_take(
-            self._pointer, self._head, ffi.from_buffer(_REFS, refs), ffi.from_buffer(into, require_writable=True)
+            self.pointer, self._head, ffi.from_buffer(_REFS, refs), ffi.from_buffer(into, require_writable=True)
         ):
             raise ProtocolError("a reply about other pages than were asked for")
 
     def gather(self, batch: int) -> int:
         """Move the existing pages of a batch together, in place, so that only they are sent; how many there are."""
-        found: int = lib.edm_wire_gather(self._pointer, batch)
+        found: int = lib.edm_wire_gather(self.pointer, batch)
         return found
 
     def asked_by(self) -> tuple[int, int] | None:

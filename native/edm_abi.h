@@ -270,6 +270,81 @@ int edm_wire_take(const void *frame, const struct edm_wire_head *head, struct ed
 /* Before a reply to a get is sealed: move the existing pages of a batch in `frame` together; returns how many. */
 uint32_t edm_wire_gather(void *frame, uint32_t batch);
 
+/* ---- requests for pages without Python (native/conversation.c): see edm/channel.py, which makes them ------------- */
+
+/* One channel's requests to one memory server, over a carrier (native/carrier.h), which outlives it as `instance` and
+   `reply` do. resend_s: 0 where the carrier loses nothing. NULL: no memory. */
+struct edm_conversation;
+struct edm_conversation *edm_conversation_new(const void *carrier, uint32_t channel, const uint32_t *instance,
+                                              void *reply, uint64_t capacity, double resend_s);
+void edm_conversation_free(struct edm_conversation *conversation);
+/* "edm.channel_ops" */
+const void *edm_conversation_table(const struct edm_conversation *conversation);
+/* The buffer that requests are made in, of the largest message's size: once, and whenever it is _lost to the carrier.
+ */
+void edm_conversation_out(struct edm_conversation *conversation, void *frame);
+bool edm_conversation_lost(const struct edm_conversation *conversation);
+/* The number of a request that Python makes. */
+uint64_t edm_conversation_next(struct edm_conversation *conversation);
+/* As the table's calls, with a timeout. 0; -ETIMEDOUT, -EBUSY: no answer in time; another negative errno: Python says
+   what it is, by making the request anew. */
+int edm_conversation_fetch(struct edm_conversation *conversation, struct edm_page_ref *refs, uint32_t n, void *into,
+                           double timeout_s);
+int edm_conversation_evict(struct edm_conversation *conversation, struct edm_page_ref *refs, uint32_t n,
+                           const void *pages, double timeout_s);
+
+/* ---- MPI without Python (native/mpi_link.c, mpi_serving.c): called by edm.plugins.transport_mpi ------------------ */
+
+/* The MPI that mpi4py has loaded, as it was found at run time. Handles are ints or pointers, by their size. */
+struct edm_mpi {
+    uint32_t handle_bytes;
+    uint32_t source_at, tag_at; /* where these stand in an MPI_Status */
+    uint64_t comm, byte;        /* handles: EDM's communicator, MPI_BYTE */
+    void *isend, *recv_init, *start, *test, *get_count, *cancel, *wait, *request_free;
+};
+
+struct edm_mpi_waits {
+    double spin_s, sleep_s, sleep_max_s;
+};
+
+/* A DM-Handler's end: messages to and from one rank under one tag. `mpi` and `reply` outlive it. NULL: no memory. */
+struct edm_mpi_link;
+struct edm_mpi_link *edm_mpi_link_new(const struct edm_mpi *mpi, const struct edm_mpi_waits *waits, int rank, int tag,
+                                      void *reply, uint64_t capacity);
+const void *edm_mpi_link_carrier(const struct edm_mpi_link *link);
+/* As native/carrier.h says; times in seconds of CLOCK_MONOTONIC. -ESHUTDOWN: closed; -ENOBUFS: the server takes no
+   messages; -EIO: MPI said _error. */
+int edm_mpi_link_send(struct edm_mpi_link *link, const void *frame, uint64_t length, double deadline);
+int64_t edm_mpi_link_receive(struct edm_mpi_link *link, double until);
+int edm_mpi_link_error(const struct edm_mpi_link *link);
+/* Any thread: ends a wait in another. Not to be used after it, but by _free. */
+void edm_mpi_link_close(struct edm_mpi_link *link);
+void edm_mpi_link_free(struct edm_mpi_link *link);
+
+/* A memory server's end. The message that waits for Python, and what was answered without it. */
+struct edm_mpi_served {
+    int rank, tag, length, error;
+    uint64_t gets, pages_sent;
+};
+
+#define EDM_MPI_IDLE 0    /* nothing for as long as it spins */
+#define EDM_MPI_MESSAGE 1 /* one for Python is in `request` */
+#define EDM_MPI_BUSY 2    /* there is work, and it is time to look around */
+
+/* server: an "edm.server_ops", or NULL. NULL: no memory. */
+struct edm_mpi_serving;
+struct edm_mpi_serving *edm_mpi_serving_new(const struct edm_mpi *mpi, const void *server, void *request,
+                                            uint64_t capacity, double spin_s, int any_rank, int any_tag);
+/* Take and answer messages, testing `tests` times between two looks at the clock: EDM_MPI_…, -EIO: MPI said
+   _served.error, -ENOMEM. */
+int edm_mpi_serve(struct edm_mpi_serving *serving, uint32_t tests);
+const struct edm_mpi_served *edm_mpi_served(const struct edm_mpi_serving *serving);
+/* Its replies that nobody has taken yet. */
+uint32_t edm_mpi_serving_unsent(struct edm_mpi_serving *serving);
+/* Receive nothing more. */
+void edm_mpi_serving_stop(struct edm_mpi_serving *serving);
+void edm_mpi_serving_free(struct edm_mpi_serving *serving);
+
 /* ---- stores: the SPT's table (native/spt_table.c, spt_replay.c) ------------------------------------------------ */
 
 /* Region and page number to slot, version and checksum, with slots counted by reference. One thread at a time. Every

@@ -4,6 +4,7 @@ Each measures the bare library and EDM's transport over it in turns, in the same
 machine does falls on both alike.
 """
 
+import ctypes
 import json
 import os
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from edm.config.options import build_options
+from edm.ops import SERVER, capsule
 from edm.registry import Registry
 from edm.types import PAGE_BYTES, PAGE_REF, EvictStatus, GetStatus, RunContext
 
@@ -25,7 +27,21 @@ REQUEST_BYTES = 72
 
 
 class ReadyServer:
-    """Answers at once, with whatever is in the reply's buffer: the time is the transport's alone."""
+    """Answers at once, with whatever is in the reply's buffer: the time is the transport's alone.
+
+    Its C table is ready.c, which bench_transports.py has compiled: EDM's own server has one, too.
+    """
+
+    def __init__(self, run_dir):
+        library = ctypes.CDLL(str(run_dir / "ready.so"))
+        self.__edm_ops__ = capsule(ctypes.addressof(ctypes.c_uint32.in_dll(library, "edm_ready")), SERVER)
+        self.library = library
+
+    def enter(self, timeout_s):
+        return True
+
+    def leave(self):
+        pass
 
     def get(self, instance, refs, into):
         refs["status"] = GetStatus.EXISTING_PAGE
@@ -129,7 +145,7 @@ BARE = {"mpi": BareMpi, "zmq": BareZmq}
 def open_transport(settings, run_dir, role):
     spec = Registry().transport(settings["transport"])
     options = build_options(spec.options, settings["options"], dict.fromkeys(settings["options"], "bench"), spec.name)
-    server = ReadyServer() if spec.embedded else None
+    server = ReadyServer(run_dir) if spec.embedded else None
     return spec.open(options, RunContext(run_dir, run_dir, role), server)
 
 
@@ -167,7 +183,7 @@ def serve(settings, run_dir):
     for _ in range(ROUNDS):
         for pages in SIZES:
             bare.answer(pages)
-    transport.serve(ReadyServer(), threading.Event())
+    transport.serve(ReadyServer(run_dir), threading.Event())
     bare.close()
     transport.close()
 

@@ -5,18 +5,23 @@ Place on the path: between a transport's `serve` and `MemoryServer` [6-10].
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from edm.errors import TransportTimeout
+from edm.ops import ATTRIBUTE
 from edm.types import EvictStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from edm.interfaces import PageServer, SptStore
     from edm.types import PageRefs
 
-INSTANCE_SHIFT = 32
+INSTANCE_SHIFT: Final = 32
+LOCK_S: Final = 10.0
+"""Longest wait for a call through the server's table."""
 
 
 class GuardedServer:
@@ -31,17 +36,21 @@ class GuardedServer:
         self._server = server
         self._table = table
         self._lock = threading.Lock()
+        # Gets through the table of the server behind need nothing from here: a quota is for evictions.
+        self._answers_from_c = (capsule := getattr(server, ATTRIBUTE, None)) is not None
+        if self._answers_from_c:
+            self.__edm_ops__ = capsule
         # Never less than what an instance has: pages counted at the last look, and all evicted since.
         self._at_most: dict[int, int] = {}
 
     def get(self, instance: int, refs: PageRefs, into: memoryview) -> None:
         """See `PageServer`."""
-        with self._lock:
+        with self._alone():
             self._server.get(instance, refs, into)
 
     def evict(self, instance: int, refs: PageRefs, pages: memoryview) -> str:
         """See `PageServer`; a batch that does not fit the quota is refused whole, with nothing changed."""
-        with self._lock:
+        with self._alone():
             if self.quota_pages and not self._fits(instance, refs):
                 refs["status"] = EvictStatus.FAIL
                 return f"instance {instance} is at its quota of {self.quota_pages} pages"
@@ -49,7 +58,7 @@ class GuardedServer:
 
     def control(self, instance: int, request: Mapping[str, Any]) -> dict[str, Any]:
         """See `PageServer`."""
-        with self._lock:
+        with self._alone():
             if request.get("op") == "clone_region":
                 # It adds pages without an eviction: count anew at the next one.
                 self._at_most.pop(instance, None)
@@ -57,8 +66,22 @@ class GuardedServer:
 
     def usage(self) -> dict[int, int]:
         """Pages stored for each instance."""
-        with self._lock:
+        with self._alone():
             return self._usage()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other calls away, those through the server's table included; raises `TransportTimeout`."""
+        with self._lock:
+            if not self._answers_from_c:
+                yield
+                return
+            if not self._server.enter(LOCK_S):  # type: ignore[attr-defined]
+                raise TransportTimeout(f"the stores were busy for {LOCK_S:.0f} s")
+            try:
+                yield
+            finally:
+                self._server.leave()  # type: ignore[attr-defined]
 
     def _fits(self, instance: int, refs: PageRefs) -> bool:
         more = len(refs)

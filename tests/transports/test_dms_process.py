@@ -308,8 +308,9 @@ def test_memory_servers_without_a_dm_handler_say_so_and_end():
         [find_mpiexec(), "-n", "2", *EDM, "dms", "--transport", "mpi"], capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 2
+    # One line at least: the launcher may end the other rank before it has said the same.
     lines = [line for line in result.stderr.splitlines() if line.startswith("edm: ")]
-    assert len(lines) == 2
+    assert lines
     assert all("has no DM-Handler" in line for line in lines)
     assert "MPI routine" not in result.stderr + result.stdout
 

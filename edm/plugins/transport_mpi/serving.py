@@ -1,28 +1,38 @@
 """A memory server's rank: takes requests from all DM-Handlers and answers them [6-11].
 
-One thread, one posted receive for whatever comes. Idle, it tests in bursts with sleeps between, which grow from
-`sleep_us` to `sleep_max_us`; a request ends that at once.
+One thread, one posted receive for whatever comes, in C (native/mpi_serving.c), which answers gets of stored pages by
+itself where the server has a table; everything else is answered here. Idle, it tests in bursts with sleeps between,
+which grow from `sleep_us` to `sleep_max_us`; a request ends that at once.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
-import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from edm.plugins.transport_mpi.link import BURST, KEEP_CPU_S, spin_s
+import attrs
+
+from edm._native import ffi, lib
+from edm.dms.answering import Answerer
+from edm.ops import SERVER, address_of
+from edm.plugins.transport_mpi.link import spin_s
 from edm.wire import Frame, Kind
 
 if TYPE_CHECKING:
     import threading
 
-    from edm.dms.answering import Answerer
+    from edm.interfaces import PageServer
     from edm.plugins.transport_mpi import MpiOptions
     from edm.plugins.transport_mpi.world import World
 
 log = logging.getLogger(__name__)
 
+SERVER_BYTES: Final = 32
+"""sizeof(struct edm_server_ops)."""
+BURST: Final = 20
+"""Tests between two looks at the clock."""
 MAX_UNSENT: Final = 16
 """Replies that nobody has taken yet; beyond that no new request is."""
 SEND_TESTS: Final = 10 * BURST
@@ -40,65 +50,65 @@ GROWTH: Final = 1.05
 class MpiServing:
     """The serve loop and what it knows of its peers."""
 
-    def __init__(self, world: World, options: MpiOptions, answerer: Answerer) -> None:
+    def __init__(self, world: World, options: MpiOptions, server: PageServer) -> None:
         self.peers = set(world.handlers)
         self._world = world
         self._mpi = world.mpi
         self._comm = world.comm
         self._options = options
-        self._answerer = answerer
-        self._status = world.mpi.Status()
-        frame = answerer.request
-        self._receiving = world.comm.Recv_init(
-            [frame.array, frame.capacity, self._mpi.BYTE], self._mpi.ANY_SOURCE, self._mpi.ANY_TAG
-        )
-        self._posted = False
+        self._answerer = Answerer(server)
+        frame = self._answerer.request
+        table = ffi.cast("void *", address_of(server, SERVER, SERVER_BYTES))
+        anyone = int(world.mpi.ANY_SOURCE), int(world.mpi.ANY_TAG)
+        native = lib.edm_mpi_serving_new(world.library, table, frame.pointer, frame.capacity, spin_s(options), *anyone)
+        if native == ffi.NULL:
+            raise MemoryError
+        self._native = ffi.gc(native, lib.edm_mpi_serving_free)
+        self._served = lib.edm_mpi_served(native)
         self._unsent: list[tuple[Any, Frame]] = []
         self._spare: list[Frame] = []
         self._looked = time.monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set or every DM-Handler has said goodbye or is gone."""
-        keep_spinning_s = spin_s(self._options)
         first_s, longest_s = self._options.sleep_us / 1e6, self._options.sleep_max_us / 1e6
-        pause_s, busy_until = first_s, 0.0
+        pause_s = first_s
         while self.peers and not stop.is_set():
             if self._burst(BURST if pause_s == first_s else IDLE_TESTS):
                 pause_s = first_s
-                busy_until = time.monotonic() + keep_spinning_s
                 continue
-            now = time.monotonic()
-            if now < busy_until:
-                if busy_until - now < keep_spinning_s - KEEP_CPU_S:
-                    os.sched_yield()
-                continue
-            self._look(now)
+            self._look(time.monotonic())
             time.sleep(pause_s)
             pause_s = min(pause_s * GROWTH, longest_s)
         # What has arrived is answered still.
         end = time.monotonic() + DRAIN_S
-        while time.monotonic() < end and (self._burst(BURST) or self._unsent):
+        while time.monotonic() < end and (self._burst(BURST) or self._on_their_way()):
             """Until nothing is left."""
-        self._stop_receiving()
+        lib.edm_mpi_serving_stop(self._native)
+
+    def figures(self) -> dict[str, Any]:
+        """What was answered so far."""
+        figures = attrs.asdict(self._answerer.figures)
+        figures["gets"] += self._served.gets
+        figures["pages_sent"] += self._served.pages_sent
+        return figures
 
     def _burst(self, tests: int) -> bool:
-        """Test for requests some times; answers the first that is there."""
+        """Take requests for as long as they come without a pause; whether there was one."""
         if self._unsent and not self._room():
             return False
-        try:
-            if not self._posted:
-                self._receiving.Start()
-                self._posted = True
-            test, status = self._receiving.Test, self._status
-            for _ in range(tests):
-                if test(status):
-                    self._posted = False
-                    self._take(status.Get_source(), status.Get_tag(), status.Get_count(self._mpi.BYTE))
-                    return True
-        except self._mpi.Exception as error:
-            self._posted = False
-            self._failed(error)
-        return False
+        result = lib.edm_mpi_serve(self._native, tests)
+        if result == lib.EDM_MPI_MESSAGE:
+            self._take(self._served.rank, self._served.tag, self._served.length)
+        elif result == -errno.EIO:
+            self._failed(self._mpi.Exception(self._served.error))
+        elif result < 0:
+            raise MemoryError
+        return bool(result > 0)
+
+    def _on_their_way(self) -> bool:
+        self._room()
+        return bool(self._unsent) or lib.edm_mpi_serving_unsent(self._native) > 0
 
     def _take(self, source: int, tag: int, length: int) -> None:
         reply = self._answerer.answer(length, source)
@@ -145,10 +155,3 @@ class MpiServing:
             self._looked = 0.0
         else:
             raise error
-
-    def _stop_receiving(self) -> None:
-        if self._posted:
-            self._receiving.Cancel()
-            self._receiving.Wait()
-            self._posted = False
-        self._receiving.Free()

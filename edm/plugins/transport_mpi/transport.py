@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from edm.channel import Session
-from edm.dms.answering import Answerer
 from edm.errors import PeerLost, TransportError, UsageError
 from edm.plugins.transport_mpi.link import MpiLink
 from edm.plugins.transport_mpi.serving import MpiServing
@@ -55,12 +54,16 @@ class MpiTransport:
 
     def serve(self, server: PageServer, stop: threading.Event) -> None:
         """Answer all DM-Handlers until `stop` is set or every one has said goodbye."""
-        self._serving = MpiServing(self._world, self._options, Answerer(server))
+        self._serving = MpiServing(self._world, self._options, server)
         self._serving.run(stop)
 
     def peers(self) -> int:
         """How many DM-Handlers are served."""
         return len(self._serving.peers) if self._serving is not None else len(self._world.handlers)
+
+    def figures(self) -> dict[str, Any]:
+        """What was answered so far."""
+        return self._serving.figures() if self._serving is not None else {}
 
     def close(self) -> None:
         """Say goodbye and leave the job, where every other rank does too; a second call does nothing."""

@@ -7,6 +7,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from edm.errors import MissingExtra, UsageError
+from edm.plugins.transport_mpi.library import find_library
 
 if TYPE_CHECKING:
     from edm.types import RunContext
@@ -33,7 +34,8 @@ def load_mpi() -> Any:
 class World:
     """This rank's view of the job. Made once in a process.
 
-    comm: EDM's own communicator. servers, handlers: ranks of each role, in order.
+    comm: EDM's own communicator. library: MPI's functions, for messages over it from C. servers, handlers: ranks of
+    each role, in order. kept: buffers that the library may still read.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -50,11 +52,13 @@ class World:
             raise
         self.comm = self.mpi.COMM_WORLD.Dup()
         self.rank = self.comm.Get_rank()
+        self.kept: list[Any] = []
         self.members = self.comm.allgather((context.role, socket.gethostname(), os.getpid()))
         self.servers = self._ranks("dms")
         self.handlers = self._ranks("dm-handler")
         try:
             self._check_roles()
+            self.library = find_library(self.mpi, self.comm)
         except UsageError:
             # Every rank finds the same: one that left without this would have the launcher kill the others, unheard.
             self.finalize()

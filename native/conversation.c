@@ -32,6 +32,7 @@ struct edm_conversation {
     uint32_t channel;
     bool out_lost;  // the carrier has kept it
     struct edm_wire_head head;
+    struct edm_direct direct;
 };
 
 static double now_s(void) {
@@ -52,7 +53,7 @@ static int finish(struct edm_conversation *c, uint32_t wanted, uint32_t n, uint6
         double until = deadline;
         if (c->resend_s > 0 && now_s() + c->resend_s < deadline)
             until = now_s() + c->resend_s;
-        int64_t got = c->carrier->receive(c->carrier->self, until);
+        int64_t got = c->carrier->receive(c->carrier->self, until, &c->direct);
         if (got < 0)
             return (int)got;
         if (got == 0) {
@@ -73,8 +74,9 @@ static int finish(struct edm_conversation *c, uint32_t wanted, uint32_t n, uint6
 }
 
 // Send what stands in `out` behind the header, and wait for the reply.
-static int ask(struct edm_conversation *c, uint32_t kind, uint32_t wanted, uint32_t n, double deadline) {
+static int ask(struct edm_conversation *c, uint32_t kind, uint32_t wanted, uint32_t n, void *into, double deadline) {
     uint32_t pages = kind == EVICT ? n : 0;
+    c->direct = (struct edm_direct){c->request + 1, n, into, false};
     uint64_t length = edm_wire_seal(c->out, kind, n, c->channel, *c->instance, ++c->request, 0, pages);
     int result = send_out(c, length, deadline);
     return result ? result : finish(c, wanted, n, length, deadline);
@@ -88,9 +90,11 @@ static int fetch_until(struct edm_conversation *c, struct edm_page_ref *refs, ui
     if (!ready(c, n))
         return -EINVAL;
     memcpy(c->out + HEADER_BYTES, refs, n * sizeof *refs);
-    int result = ask(c, GET, PAGES, n, deadline);
+    int result = ask(c, GET, PAGES, n, into, deadline);
     if (result)
         return result;
+    if (c->direct.done)
+        return edm_wire_take_refs(c->reply, &c->head, refs) ? -EPROTO : 0;
     return edm_wire_take(c->reply, &c->head, refs, into) ? -EPROTO : 0;
 }
 
@@ -100,7 +104,7 @@ static int evict_until(struct edm_conversation *c, struct edm_page_ref *refs, ui
         return -EINVAL;
     memcpy(c->out + HEADER_BYTES, refs, n * sizeof *refs);
     memcpy(c->out + HEADER_BYTES + n * sizeof *refs, pages, (size_t)n * PAGE_BYTES);
-    int result = ask(c, EVICT, ACK, n, deadline);
+    int result = ask(c, EVICT, ACK, n, NULL, deadline);
     if (result)
         return result;
     const struct edm_page_ref *theirs = (const struct edm_page_ref *)(c->reply + HEADER_BYTES);

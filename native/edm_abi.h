@@ -267,6 +267,13 @@ int edm_wire_open(void *frame, uint64_t length, uint64_t capacity, struct edm_wi
    the references asked for, all `head->batch`; returns 0, or -1 with nothing changed if the reply names other pages. */
 int edm_wire_take(const void *frame, const struct edm_wire_head *head, struct edm_page_ref *refs, void *into);
 
+/* The same for the references alone, where the pages have come by another way. */
+int edm_wire_take_refs(const void *frame, const struct edm_wire_head *head, struct edm_page_ref *refs);
+
+/* Of a message whose first `length` bytes are in `frame`, which is nothing checked yet: how many bytes of pages are
+   still to come in a message of their own, 0 if none are or it is none of EDM's; and the number of its request. */
+uint64_t edm_wire_rest(const void *frame, uint64_t length, uint64_t capacity, uint64_t *request);
+
 /* Before a reply to a get is sealed: move the existing pages of a batch in `frame` together; returns how many. */
 uint32_t edm_wire_gather(void *frame, uint32_t batch);
 
@@ -300,11 +307,17 @@ struct edm_mpi {
     uint32_t handle_bytes;
     uint32_t source_at, tag_at; /* where these stand in an MPI_Status */
     uint64_t comm, byte;        /* handles: EDM's communicator, MPI_BYTE */
-    void *isend, *recv_init, *start, *test, *get_count, *cancel, *wait, *request_free;
+    void *isend, *irecv, *recv_init, *start, *test, *get_count, *cancel, *test_cancelled, *wait, *request_free;
 };
 
+/* The tag of pages that come in a message of their own, over that of what stands before them. */
+#define EDM_MPI_PAGES_TAG 15000
+/* From so many pages in a reply they do. */
+#define EDM_MPI_SPLIT_PAGES 32
+
 struct edm_mpi_waits {
-    double spin_s, sleep_s, sleep_max_s;
+    double spin_s, keep_s; /* how long to spin, and of that not to offer the CPU */
+    double sleep_s, sleep_max_s;
 };
 
 /* A DM-Handler's end: messages to and from one rank under one tag. `mpi` and `reply` outlive it. NULL: no memory. */
@@ -329,12 +342,13 @@ struct edm_mpi_served {
 
 #define EDM_MPI_IDLE 0    /* nothing for as long as it spins */
 #define EDM_MPI_MESSAGE 1 /* one for Python is in `request` */
-#define EDM_MPI_BUSY 2    /* there is work, and it is time to look around */
+#define EDM_MPI_BUSY 2    /* something was answered */
 
 /* server: an "edm.server_ops", or NULL. NULL: no memory. */
 struct edm_mpi_serving;
 struct edm_mpi_serving *edm_mpi_serving_new(const struct edm_mpi *mpi, const void *server, void *request,
-                                            uint64_t capacity, double spin_s, int any_rank, int any_tag);
+                                            uint64_t capacity, const struct edm_mpi_waits *waits, int any_rank,
+                                            int any_tag);
 /* Take and answer messages, testing `tests` times between two looks at the clock: EDM_MPI_…, -EIO: MPI said
    _served.error, -ENOMEM. */
 int edm_mpi_serve(struct edm_mpi_serving *serving, uint32_t tests);

@@ -29,6 +29,15 @@ static inline int edm_mpi_isend(const struct edm_mpi *m, const void *data, int l
         data, length, (void *)m->byte, rank, tag, (void *)m->comm, &request->pointer);
 }
 
+static inline int edm_mpi_irecv(const struct edm_mpi *m, void *data, int capacity, int rank, int tag,
+                                union edm_mpi_handle *request) {
+    if (m->handle_bytes == sizeof(int))
+        return ((int (*)(void *, int, int, int, int, int, int *))m->irecv)(data, capacity, (int)m->byte, rank, tag,
+                                                                           (int)m->comm, &request->number);
+    return ((int (*)(void *, int, void *, int, int, void *, void **))m->irecv)(data, capacity, (void *)m->byte, rank,
+                                                                               tag, (void *)m->comm, &request->pointer);
+}
+
 static inline int edm_mpi_recv_init(const struct edm_mpi *m, void *data, int capacity, int rank, int tag,
                                     union edm_mpi_handle *request) {
     if (m->handle_bytes == sizeof(int))
@@ -52,6 +61,14 @@ static inline int edm_mpi_test(const struct edm_mpi *m, union edm_mpi_handle *re
 
 static inline int edm_mpi_start(const struct edm_mpi *m, union edm_mpi_handle *request) {
     return ((int (*)(void *))m->start)(request);
+}
+
+static inline void edm_mpi_taken_back(const struct edm_mpi *m, const struct edm_mpi_status *status, int *is) {
+    ((int (*)(const void *, int *))m->test_cancelled)(status, is);
+}
+
+static inline void edm_mpi_cancel(const struct edm_mpi *m, union edm_mpi_handle *request) {
+    ((int (*)(void *))m->cancel)(request);
 }
 
 /* Take a receive back: complete on return, whether a message had come or not. */

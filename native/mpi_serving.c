@@ -4,29 +4,31 @@
 // A get needs nothing of what edm/dms/answering.py remembers of a channel: it changes nothing, MPI repeats none, and
 // what may be stale is looked at where it is carried out.
 #include <errno.h>
-#include <sched.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "edm_abi.h"
 #include "edm_ops.h"
 #include "mpi.h"
+#include "spin.h"
 
 #define HEADER_BYTES 40u
 #define PAGE_BYTES 4096u
 #define GET 2u /* edm.wire.Kind */
 #define PAGES 3u
-#define MAX_UNSENT 16     // replies that nobody has taken yet; beyond that no new request is
-#define SEND_TESTS 200    // of a reply on its way, before turning to other requests
-#define KEEP_CPU_S 30e-6  // of a spin, how long not to offer the CPU
-#define AWAY_S 0.1        // the longest time not to come back to Python while there is work
+#define MAX_UNSENT 16   // replies that nobody has taken yet; beyond that no new request is
+#define SEND_TESTS 200  // of a reply on its way, before turning to other requests
+#define AWAY_S 0.1      // the longest time not to come back to Python while there is work
+
+#define SHARED 32  // requests in a row from this very CPU before moving aside
+#define MOVE_EVERY_S 20e-3
 
 struct reply {
-    union edm_mpi_handle request;
+    union edm_mpi_handle requests[2];  // what stands before the pages, and they
+    uint32_t parts;
     uint8_t *frame;
 };
 
@@ -36,7 +38,8 @@ struct edm_mpi_serving {
     union edm_mpi_handle receiving;
     uint8_t *request, *reply;
     uint64_t capacity;
-    double spin_s, busy_until;
+    double spin_s, busy_until, moved_at;
+    struct edm_spin spin;
     bool made, posted;
     uint32_t unsent_count, spare_count;
     struct reply unsent[MAX_UNSENT];
@@ -44,48 +47,71 @@ struct edm_mpi_serving {
     struct edm_mpi_served served;
 };
 
-static double now_s(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
 static int failed(struct edm_mpi_serving *s, int error) {
     s->served.error = error;
     return -EIO;
 }
 
-// Whether there is room for one more reply that is not taken.
-static int room(struct edm_mpi_serving *s) {
+// A DM-Handler that waits on this CPU has the app beside it, and stays: go to another one, if there is one. The
+// scheduler sees two that always yield and leaves them where they are.
+static void move_aside(struct edm_mpi_serving *s, double now) {
+    cpu_set_t allowed, others;
+    int here = sched_getcpu();
+    s->spin.shared = 0;
+    s->moved_at = now;
+    if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed))
+        return;
+    others = allowed;
+    CPU_CLR(here, &others);
+    if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others))
+        sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
+// Whether a reply is on its way no more: 1, 0, or -EIO.
+static int gone(struct edm_mpi_serving *s, struct reply *reply) {
     struct edm_mpi_status status;
+    while (reply->parts) {
+        int done = 0, error = edm_mpi_test(s->mpi, &reply->requests[reply->parts - 1], &done, &status);
+        if (error)
+            return failed(s, error);
+        if (!done)
+            return 0;
+        reply->parts--;
+    }
+    return 1;
+}
+
+// Whether there is room for one more reply that is not taken: 1, 0, or -EIO.
+static int room(struct edm_mpi_serving *s) {
     uint32_t kept = 0;
-    int error = 0;
+    int result = 0;
     for (uint32_t i = 0; i < s->unsent_count; i++) {
-        int done = 0;
-        error = error ? error : edm_mpi_test(s->mpi, &s->unsent[i].request, &done, &status);
-        if (done)
+        result = result < 0 ? result : gone(s, &s->unsent[i]);
+        if (result == 1)
             s->spare[s->spare_count++] = s->unsent[i].frame;
         else
             s->unsent[kept++] = s->unsent[i];
     }
     s->unsent_count = kept;
-    return error ? failed(s, error) : kept < MAX_UNSENT;
+    return result < 0 ? result : kept < MAX_UNSENT;
 }
 
-static int send_reply(struct edm_mpi_serving *s, uint64_t length, int rank, int tag) {
-    union edm_mpi_handle request;
-    struct edm_mpi_status status;
-    int error = edm_mpi_isend(s->mpi, s->reply, (int)length, rank, tag, &request);
-    for (int i = 0; !error && i < SEND_TESTS; i++) {
-        int done = 0;
-        error = edm_mpi_test(s->mpi, &request, &done, &status);
-        if (done)
-            return error ? failed(s, error) : 0;
-    }
+// The first `before` bytes of a reply, and the rest behind them in a message of its own if there is one.
+static int send_reply(struct edm_mpi_serving *s, uint64_t length, uint64_t before, int rank, int tag) {
+    struct reply reply = {.frame = s->reply, .parts = length > before ? 2 : 1};
+    int error = edm_mpi_isend(s->mpi, s->reply, (int)before, rank, tag, &reply.requests[0]);
+    if (!error && reply.parts == 2)
+        error = edm_mpi_isend(s->mpi, s->reply + before, (int)(length - before), rank, tag + EDM_MPI_PAGES_TAG,
+                              &reply.requests[1]);
     if (error)
         return failed(s, error);
+    for (int i = 0; i < SEND_TESTS; i++) {
+        int result = gone(s, &reply);
+        if (result)
+            return result < 0 ? result : 0;
+    }
     // A large reply goes when its DM-Handler next polls; the others need not wait for that.
-    s->unsent[s->unsent_count++] = (struct reply){request, s->reply};
+    s->unsent[s->unsent_count++] = reply;
     s->reply = s->spare_count ? s->spare[--s->spare_count] : calloc(1, s->capacity);
     return s->reply ? 0 : -ENOMEM;
 }
@@ -104,7 +130,9 @@ static int answer(struct edm_mpi_serving *s, int length, int rank, int tag) {
     uint64_t sealed = edm_wire_seal(s->reply, PAGES, head.batch, head.channel, head.instance, head.request, 0, found);
     s->served.gets++;
     s->served.pages_sent += found;
-    int result = send_reply(s, sealed, rank, tag);
+    // Pages that are all there can go to where they belong: the DM-Handler knows where, once it has seen the rest.
+    bool split = found == head.batch && found >= EDM_MPI_SPLIT_PAGES;
+    int result = send_reply(s, sealed, split ? HEADER_BYTES + refs_bytes : sealed, rank, tag);
     return result ? result : 1;
 }
 
@@ -134,34 +162,40 @@ static int burst(struct edm_mpi_serving *s, uint32_t tests) {
 }
 
 int edm_mpi_serve(struct edm_mpi_serving *s, uint32_t tests) {
-    double now = now_s(), back = now + AWAY_S;
+    double now = edm_now_s(), back = now + AWAY_S;
+    int nothing = EDM_MPI_IDLE;
     for (;;) {
         int result = s->unsent_count ? room(s) : 1;
         if (result == 1)
             result = burst(s, tests);
         if (result < 0)
             return result;
-        now = now_s();
+        edm_spin_found(&s->spin, result == 1);
+        now = edm_now_s();
         if (result == 1) {
             s->busy_until = now + s->spin_s;
+            if (s->spin.shared >= SHARED && now > s->moved_at + MOVE_EVERY_S)
+                move_aside(s, now);
             result = answer(s, s->served.length, s->served.rank, s->served.tag);
             if (result < 0)
                 return result;
             if (result == 0)
                 return EDM_MPI_MESSAGE;
+            nothing = EDM_MPI_BUSY;
             if (now >= back)
                 return EDM_MPI_BUSY;
             continue;
         }
         if (now >= s->busy_until)
-            return EDM_MPI_IDLE;
-        if (s->busy_until - now < s->spin_s - KEEP_CPU_S)
-            sched_yield();
+            return nothing;
+        if (s->busy_until - now <= s->spin_s - s->spin.keep_s)
+            edm_spin_yield(&s->spin);
     }
 }
 
 struct edm_mpi_serving *edm_mpi_serving_new(const struct edm_mpi *mpi, const void *server, void *request,
-                                            uint64_t capacity, double spin_s, int any_rank, int any_tag) {
+                                            uint64_t capacity, const struct edm_mpi_waits *waits, int any_rank,
+                                            int any_tag) {
     struct edm_mpi_serving *s = calloc(1, sizeof *s);
     if (!s)
         return NULL;
@@ -169,7 +203,8 @@ struct edm_mpi_serving *edm_mpi_serving_new(const struct edm_mpi *mpi, const voi
     s->server = server;
     s->request = request;
     s->capacity = capacity;
-    s->spin_s = spin_s;
+    s->spin_s = waits->spin_s;
+    s->spin.keep_s = s->spin.most_s = waits->keep_s;
     s->reply = calloc(1, capacity);
     s->served.error = s->reply ? edm_mpi_recv_init(mpi, request, (int)capacity, any_rank, any_tag, &s->receiving) : 0;
     s->made = s->reply && !s->served.error;

@@ -145,14 +145,33 @@ int edm_wire_open(void *frame, uint64_t length, uint64_t capacity, struct edm_wi
     return EDM_WIRE_OK;
 }
 
-int edm_wire_take(const void *frame, const struct edm_wire_head *head, struct edm_page_ref *refs, void *into) {
+int edm_wire_take_refs(const void *frame, const struct edm_wire_head *head, struct edm_page_ref *refs) {
     const struct edm_page_ref *theirs = refs_of(frame);
-    const char *page = pages_of(frame, head->batch);
 
     for (uint32_t i = 0; i < head->batch; i++)
         if (theirs[i].region != refs[i].region || theirs[i].index != refs[i].index)
             return -1;
     memcpy(refs, theirs, head->batch * sizeof *refs);
+    return 0;
+}
+
+uint64_t edm_wire_rest(const void *frame, uint64_t length, uint64_t capacity, uint64_t *request) {
+    struct header header;
+
+    if (length < sizeof header || length > capacity)
+        return 0;
+    memcpy(&header, frame, sizeof header);
+    *request = header.request;
+    if (header.magic != MAGIC || header.version != VERSION || header.length <= length || header.length > capacity)
+        return 0;
+    return header.length - length == (uint64_t)header.pages * PAGE_BYTES ? header.length - length : 0;
+}
+
+int edm_wire_take(const void *frame, const struct edm_wire_head *head, struct edm_page_ref *refs, void *into) {
+    const char *page = pages_of(frame, head->batch);
+
+    if (edm_wire_take_refs(frame, head, refs))
+        return -1;
     if (head->pages == head->batch) {
         memcpy(into, page, (size_t)head->pages * PAGE_BYTES);
         return 0;

@@ -45,8 +45,8 @@ static int64_t answer(uint64_t request) {
     return (int64_t)edm_wire_seal(reply, 3, asked.batch, asked.channel, asked.instance, request, 0, asked.batch - 1);
 }
 
-static int64_t carrier_receive(void *self, double until) {
-    (void)self, (void)until;
+static int64_t carrier_receive(void *self, double until, struct edm_direct *direct) {
+    (void)self, (void)until, (void)direct;
     int64_t length;
     switch (*script++) {
     case ANSWER:

@@ -8,6 +8,7 @@ ints, Open MPI's pointers) and where a status has its fields.
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 from edm._native import ffi
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
 
 _FUNCTIONS: Final = {
     "isend": "MPI_Isend",
+    "irecv": "MPI_Irecv",
     "recv_init": "MPI_Recv_init",
     "start": "MPI_Start",
     "test": "MPI_Test",
     "get_count": "MPI_Get_count",
     "cancel": "MPI_Cancel",
+    "test_cancelled": "MPI_Test_cancelled",
     "wait": "MPI_Wait",
     "request_free": "MPI_Request_free",
 }
 STATUS_BYTES: Final = 128
 """`EDM_MPI_STATUS_BYTES` of native/mpi.h: the room for a status; it takes 20 to 40."""
+KEEP_CPU_S: Final = 30e-6
+"""Of a spin, how long not to offer the CPU: the usual answer is there by then."""
 HANDLE_BYTES: Final = (4, 8)
 _MARKS: Final = (0x1E3D51, 0x2E3D52)
 
@@ -53,9 +58,12 @@ def find_library(mpi: Any, comm: Any) -> Any:
     return ffi.new("struct edm_mpi *", found | {name: ffi.cast("void *", at) for name, at in functions.items()})
 
 
-def waits_of(options: MpiOptions, spin_s: float) -> Any:
-    """A `struct edm_mpi_waits`."""
-    return ffi.new("struct edm_mpi_waits *", (spin_s, options.sleep_us / 1e6, options.sleep_max_us / 1e6))
+def waits_of(options: MpiOptions) -> Any:
+    """A `struct edm_mpi_waits`, for the calling thread."""
+    # With a single CPU the other side needs this very one.
+    keep_s = KEEP_CPU_S if len(os.sched_getaffinity(0)) > 1 else 0.0
+    times = (options.spin_us / 1e6, keep_s, options.sleep_us / 1e6, options.sleep_max_us / 1e6)
+    return ffi.new("struct edm_mpi_waits *", times)
 
 
 def _handle(mpi: Any, of: Any, handle_bytes: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -20,11 +19,6 @@ SLICE_S: Final = 0.1
 """Longest wait in C before Python looks for signals."""
 
 
-def spin_s(options: MpiOptions) -> float:
-    """How long to spin: with one CPU the other side needs this very one, and spinning only keeps it from it."""
-    return options.spin_us / 1e6 if len(os.sched_getaffinity(0)) > 1 else 0.0
-
-
 class MpiLink:
     """Messages to and from one rank under one tag.
 
@@ -37,7 +31,7 @@ class MpiLink:
         self._rank = rank
         self._closed = False
         native = lib.edm_mpi_link_new(
-            world.library, waits_of(options, spin_s(options)), rank, tag, self.reply.pointer, self.reply.capacity
+            world.library, waits_of(options), rank, tag, self.reply.pointer, self.reply.capacity
         )
         if native == ffi.NULL:
             raise MemoryError

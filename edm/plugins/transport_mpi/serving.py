@@ -17,7 +17,7 @@ import attrs
 from edm._native import ffi, lib
 from edm.dms.answering import Answerer
 from edm.ops import SERVER, address_of
-from edm.plugins.transport_mpi.link import spin_s
+from edm.plugins.transport_mpi.library import waits_of
 from edm.wire import Frame, Kind
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class MpiServing:
         frame = self._answerer.request
         table = ffi.cast("void *", address_of(server, SERVER, SERVER_BYTES))
         anyone = int(world.mpi.ANY_SOURCE), int(world.mpi.ANY_TAG)
-        native = lib.edm_mpi_serving_new(world.library, table, frame.pointer, frame.capacity, spin_s(options), *anyone)
+        native = lib.edm_mpi_serving_new(
+            world.library, table, frame.pointer, frame.capacity, waits_of(options), *anyone
+        )
         if native == ffi.NULL:
             raise MemoryError
         self._native = ffi.gc(native, lib.edm_mpi_serving_free)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from edm._native import lib
 from edm.channel import Session
 from edm.errors import PeerLost, TransportError, UsageError
 from edm.plugins.transport_mpi.link import MpiLink
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 GOODBYE_TAG: Final = 1
 FIRST_TAG: Final = 2
-TAGS: Final = 30000
-"""Fewer than the smallest bound on tags MPI allows; a tag used twice does no harm, replies name their channel."""
+TAGS: Final = lib.EDM_MPI_PAGES_TAG
+"""With as many again for pages, fewer than the smallest bound on tags MPI allows. A tag used twice by threads that ask
+one after the other does no harm: replies name their channel."""
 GOODBYE_S: Final = 2.0
 
 

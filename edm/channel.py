@@ -30,7 +30,8 @@ _GET, _PAGES, _EVICT, _ACK, _CONTROL, _ANSWER, _REFUSED = map(
     int, (Kind.GET, Kind.PAGES, Kind.EVICT, Kind.ACK, Kind.CONTROL, Kind.ANSWER, Kind.REFUSED)
 )
 _REFS: Final = ffi.typeof("struct edm_page_ref[]")
-_TOO_LATE: Final = (-errno.ETIMEDOUT, -errno.EBUSY)
+C_PATIENCE_S: Final = 1.0
+"""How long C waits for an answer; after that Python does, which looks for signals and for the other side's end."""
 _LATE: Final = "no answer from the memory server within the deadline"
 
 
@@ -124,33 +125,40 @@ class Conversation:
         """Address of the "edm.channel_ops" over this conversation; 0 where C cannot carry its messages."""
         return 0 if self._carried is None else int(ffi.cast("uintptr_t", lib.edm_conversation_table(self._native)))
 
-    def fetched(self, refs: PageRefs, into: memoryview, timeout_s: float) -> bool:
-        """Whether C has carried out a whole fetch; raises `TransportTimeout`, `PeerLost`."""
-        return self._carried is not None and not self._failed(
-            lib.edm_conversation_fetch(
-                self._native,
-                ffi.from_buffer(_REFS, refs),
-                len(refs),
-                ffi.from_buffer(into, require_writable=True),
-                timeout_s,
-            )
-        )
+    def fetched(self, refs: PageRefs, into: memoryview, deadline: float) -> bool:
+        """Whether a fetch was made by C; if not, it is to be made anew. Raises as `finish`."""
+        if self._carried is None:
+            return False
+        place = ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(into, require_writable=True)
+        result = lib.edm_conversation_fetch(self._native, *place, C_PATIENCE_S)
+        if self._under_way(result, deadline):
+            receive_pages(self, refs, into)
+            return True
+        return bool(result == 0)
 
-    def evicted(self, refs: PageRefs, pages: memoryview, timeout_s: float) -> bool:
-        """Whether C has carried out a whole eviction with no page refused; raises `TransportTimeout`, `PeerLost`."""
-        return self._carried is not None and not self._failed(
-            lib.edm_conversation_evict(
-                self._native, ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(pages), timeout_s
-            )
-        )
+    def evicted(self, refs: PageRefs, pages: memoryview, deadline: float) -> str | None:
+        """What a memory server said to an eviction made by C; None if it is to be made anew. Raises as `finish`."""
+        if self._carried is None:
+            return None
+        place = ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(pages)
+        result = lib.edm_conversation_evict(self._native, *place, C_PATIENCE_S)
+        if self._under_way(result, deadline):
+            return receive_ack(self, refs)
+        return None if result else ""
 
-    def _failed(self, result: int) -> bool:
-        if result in _TOO_LATE:
+    def _under_way(self, result: int, deadline: float) -> bool:
+        """Whether a request of C's has no answer yet: its reply is for `finish`, which goes on waiting."""
+        if result == -errno.EBUSY:
             self.ready()
             assert self._carried is not None
             self._carried.check()
             raise TransportTimeout(_LATE)
-        return result != 0
+        if result != -errno.ETIMEDOUT:
+            return False
+        self._request = lib.edm_conversation_request(self._native)
+        self._length = lib.edm_conversation_length(self._native)
+        self._deadline = deadline
+        return True
 
     def ready(self) -> None:
         """Make `out` ready for the next request, where the link has kept its buffer."""
@@ -220,16 +228,18 @@ class WireChannel:
 
     def fetch(self, refs: PageRefs, into: memoryview) -> None:
         """Fill statuses, versions, checksums and pages of a batch of 1 to 1024 references in place [5, 11]."""
-        if self._conversation.fetched(refs, into, self._deadline_s):
+        deadline = time.monotonic() + self._deadline_s
+        if self._conversation.fetched(refs, into, deadline):
             return
-        fetch(self._conversation, refs, time.monotonic() + self._deadline_s)
+        fetch(self._conversation, refs, deadline)
         receive_pages(self._conversation, refs, into)
 
     def evict(self, refs: PageRefs, pages: memoryview) -> str:
         """Store a batch of 1 to 1024 pages; fills statuses in place, returns the memory server's error text."""
-        if self._conversation.evicted(refs, pages, self._deadline_s):
-            return ""
-        evict(self._conversation, refs, pages, time.monotonic() + self._deadline_s)
+        deadline = time.monotonic() + self._deadline_s
+        if (said := self._conversation.evicted(refs, pages, deadline)) is not None:
+            return said
+        evict(self._conversation, refs, pages, deadline)
         return receive_ack(self._conversation, refs)
 
     def control(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ EdmError
 │   └── MissingExtra        the plugin is there, a library it needs is not
 ├── TransportError
 │   ├── TransportTimeout    no answer within the deadline
-│   ├── PeerLost            the other side is gone
+│   ├── PeerLost            the other side is gone, for good
 │   └── ProtocolError       a message that breaks the wire layout
 ├── StoreError
 │   ├── StoreFull           no room; nothing was changed
@@ -56,7 +56,7 @@ class TransportTimeout(TransportError):
 
 
 class PeerLost(TransportError):
-    """The other side of the transport is gone."""
+    """The other side of the transport is gone for good: the request need not be made again."""
 
 
 class ProtocolError(TransportError):

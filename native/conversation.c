@@ -27,7 +27,7 @@ struct edm_conversation {
     const uint32_t *instance;
     uint8_t *out, *reply;
     uint64_t capacity;
-    uint64_t request;
+    uint64_t request, length;
     double resend_s;
     uint32_t channel;
     bool out_lost;  // the carrier has kept it
@@ -77,7 +77,7 @@ static int finish(struct edm_conversation *c, uint32_t wanted, uint32_t n, uint6
 static int ask(struct edm_conversation *c, uint32_t kind, uint32_t wanted, uint32_t n, void *into, double deadline) {
     uint32_t pages = kind == EVICT ? n : 0;
     c->direct = (struct edm_direct){c->request + 1, n, into, false};
-    uint64_t length = edm_wire_seal(c->out, kind, n, c->channel, *c->instance, ++c->request, 0, pages);
+    uint64_t length = c->length = edm_wire_seal(c->out, kind, n, c->channel, *c->instance, ++c->request, 0, pages);
     int result = send_out(c, length, deadline);
     return result ? result : finish(c, wanted, n, length, deadline);
 }
@@ -151,6 +151,8 @@ void edm_conversation_out(struct edm_conversation *c, void *frame) {
 }
 
 bool edm_conversation_lost(const struct edm_conversation *c) { return c->out_lost; }
+uint64_t edm_conversation_request(const struct edm_conversation *c) { return c->request; }
+uint64_t edm_conversation_length(const struct edm_conversation *c) { return c->length; }
 uint64_t edm_conversation_next(struct edm_conversation *c) { return ++c->request; }
 
 int edm_conversation_fetch(struct edm_conversation *c, struct edm_page_ref *refs, uint32_t n, void *into,

@@ -293,8 +293,11 @@ void edm_conversation_out(struct edm_conversation *conversation, void *frame);
 bool edm_conversation_lost(const struct edm_conversation *conversation);
 /* The number of a request that Python makes. */
 uint64_t edm_conversation_next(struct edm_conversation *conversation);
-/* As the table's calls, with a timeout. 0; -ETIMEDOUT, -EBUSY: no answer in time; another negative errno: Python says
-   what it is, by making the request anew. */
+/* … and of the last one made in either way; the length of the last one made here. */
+uint64_t edm_conversation_request(const struct edm_conversation *conversation);
+uint64_t edm_conversation_length(const struct edm_conversation *conversation);
+/* As the table's calls, with a timeout. 0; -ETIMEDOUT: no answer yet, Python may wait for it; -EBUSY: not even sent,
+   and `out` is _lost; another negative errno: Python says what it is, by making the request anew. */
 int edm_conversation_fetch(struct edm_conversation *conversation, struct edm_page_ref *refs, uint32_t n, void *into,
                            double timeout_s);
 int edm_conversation_evict(struct edm_conversation *conversation, struct edm_page_ref *refs, uint32_t n,
@@ -355,6 +358,8 @@ int edm_mpi_serve(struct edm_mpi_serving *serving, uint32_t tests);
 const struct edm_mpi_served *edm_mpi_served(const struct edm_mpi_serving *serving);
 /* Its replies that nobody has taken yet. */
 uint32_t edm_mpi_serving_unsent(struct edm_mpi_serving *serving);
+/* The receive that has failed is still there: MPI_ERR_PROC_FAILED_PENDING. */
+void edm_mpi_serving_posted(struct edm_mpi_serving *serving);
 /* Receive nothing more. */
 void edm_mpi_serving_stop(struct edm_mpi_serving *serving);
 void edm_mpi_serving_free(struct edm_mpi_serving *serving);

@@ -217,6 +217,8 @@ uint32_t edm_mpi_serving_unsent(struct edm_mpi_serving *s) {
     return s->unsent_count;
 }
 
+void edm_mpi_serving_posted(struct edm_mpi_serving *s) { s->posted = true; }
+
 void edm_mpi_serving_stop(struct edm_mpi_serving *s) {
     if (s->posted)
         edm_mpi_take_back(s->mpi, &s->receiving);

@@ -14,7 +14,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from edm.errors import EdmError, TransportError, TransportTimeout
+from edm.errors import EdmError, PeerLost, TransportError, TransportTimeout
 from edm.interfaces import TakesTables
 from edm.ops import CHANNEL, address_of
 
@@ -155,10 +155,10 @@ class Workers:
         return min(refused + 1, 7)
 
     def _again(self, first: TransportError, call: Callable[[], T]) -> T:
-        """Repeat a call the DMS did not answer, until it does or patience ends."""
+        """Repeat a call the DMS did not answer, until it does, patience ends, or it is known not to come back."""
         error, end = first, time.monotonic() + self._patience_s
         attempt = 0
-        while time.monotonic() < end:
+        while time.monotonic() < end and not isinstance(error, PeerLost):
             self._say(f"the memory server does not answer ({error}); waiting up to {self._patience_s:g} s")
             if not isinstance(error, TransportTimeout):
                 time.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])

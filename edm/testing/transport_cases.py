@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 DEADLINE_S: Final = 2.0
 """The deadline the transport is opened with."""
+SLOW_S: Final = 1.3
+"""Shorter than the deadline."""
 LATER_S: Final = 2.6
 """Longer than the deadline."""
 
@@ -263,6 +265,16 @@ def a_late_reply_is_thrown_away(peer: Peer) -> None:
     slow.close()
 
 
+def a_reply_that_takes_its_time_is_waited_for(peer: Peer) -> None:
+    """Within the deadline, however a transport divides its waiting."""
+    refs, pages = batch_of(peer.region, np.arange(40), version=1)
+    peer.evict(refs, pages)
+    assert peer.channel.control({"op": "test_delay", "seconds": SLOW_S, "requests": 1})["ok"]
+    asked, into = wanted(peer.region, np.arange(40)), bytearray(len(pages))
+    peer.channel.fetch(asked, memoryview(into))
+    assert into == pages
+
+
 def an_eviction_that_timed_out_may_be_sent_again(peer: Peer) -> None:
     """It is stored once, whichever of the two arrives."""
     slow = peer.transport.connect()
@@ -326,6 +338,7 @@ CASES: Final[tuple[Callable[[Peer], None], ...]] = (
 """Run one after another on one connection."""
 
 SLOW_CASES: Final[tuple[Callable[[Peer], None], ...]] = (
+    a_reply_that_takes_its_time_is_waited_for,
     a_late_reply_is_thrown_away,
     an_eviction_that_timed_out_may_be_sent_again,
 )

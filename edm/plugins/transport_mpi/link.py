@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SLICE_S: Final = 0.1
 """Longest wait in C before Python looks for signals."""
+LOOK_S: Final = 0.5
+"""How often a wait looks whether the server's process is still there."""
 
 
 class MpiLink:
@@ -49,8 +51,12 @@ class MpiLink:
 
     def receive(self, until: float) -> int:
         """Receive into `reply`; a receive that found nothing stays posted and catches a late reply."""
+        look_at = time.monotonic() + LOOK_S
         while True:
             now = time.monotonic()
+            if now >= look_at:
+                look_at = now + LOOK_S
+                self.check()
             length: int = lib.edm_mpi_link_receive(self._native, min(until, now + SLICE_S))
             if length < 0:
                 self._fail(length)
@@ -82,8 +88,10 @@ class MpiLink:
         name = f"the memory server (MPI rank {self._rank})"
         if result == -errno.ESHUTDOWN:
             raise PeerLost("the channel is closed")
+        if result == -errno.ENOBUFS:
+            raise TransportTimeout(f"{name} takes no messages")
         if result != -errno.EIO:
-            raise PeerLost(f"{name} takes no messages")
+            raise PeerLost(f"{name} is lost: it stopped halfway through a message")
         error = self._world.mpi.Exception(lib.edm_mpi_link_error(self._native))
         if error.Get_error_class() == self._world.mpi.ERR_TRUNCATE:
             raise ProtocolError("a reply larger than any message") from error

@@ -150,10 +150,16 @@ class MpiServing:
                 self._answerer.forget(rank)
 
     def _failed(self, error: Any) -> None:
-        failed = getattr(self._mpi, "ERR_PROC_FAILED", None)
-        if error.Get_error_class() == self._mpi.ERR_TRUNCATE:
+        # Of an MPI that tells of failed processes (ULFM): a receive from anyone fails until that is acknowledged. Where
+        # it does not, mpi4py gives both names the class of errors that are not known.
+        failed = [getattr(self._mpi, name, None) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING")]
+        error_class = error.Get_error_class()
+        if error_class == self._mpi.ERR_TRUNCATE:
             log.warning("refused a message larger than any of EDM's")
-        elif failed is not None and error.Get_error_class() == failed:
+        elif error_class in failed and error_class != self._mpi.ERR_UNKNOWN:
+            if error_class == failed[1]:
+                lib.edm_mpi_serving_posted(self._native)
+            self._comm.Ack_failed()
             self._looked = 0.0
         else:
             raise error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from edm.errors import MissingExtra, UsageError
@@ -12,6 +13,8 @@ from edm.plugins.transport_mpi.library import find_library
 if TYPE_CHECKING:
     from edm.types import RunContext
 
+_DEAD: Final = ("Z", "X")
+"""States of a process that runs no more. Source: proc_pid_stat(5)."""
 _BY_HAND: Final = "mpiexec -n 1 edm dms --transport mpi … : -n 1 edm run --transport mpi … -- PROGRAM"
 
 
@@ -70,12 +73,11 @@ class World:
         if host != socket.gethostname():
             return True
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
             return False
-        except PermissionError:
-            return True
-        return True
+        # The launcher may leave a process that was killed unburied for as long as the job runs.
+        return state not in _DEAD
 
     def finalize(self) -> None:
         """Leave the job; waits for the other ranks. For the thread that made the world."""

@@ -86,6 +86,11 @@ class Session:
         self._next_channel = 1
         self._lock = threading.Lock()
 
+    def resumed(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Take the instances of a `resume` request for this transport's; the request for each memory server."""
+        self.instances[:] = map(int, request["instances"])
+        return [{"op": "resume", "instance": instance} for instance in self.instances]
+
     def number(self) -> int:
         """A channel number that no other channel of this transport has."""
         with self._lock:
@@ -244,10 +249,13 @@ class WireChannel:
 
     def control(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send one control request and return the answer; the answer to `hello` names this transport's instance."""
+        if request.get("op") == "resume":
+            request = self._session.resumed(request)[0]
         ask(self._conversation, request, time.monotonic() + self._deadline_s)
         answer = receive_answer(self._conversation)
         if request.get("op") == "hello" and answer.get("ok"):
             self._session.instances[0] = int(answer["instance"])
+            answer = {**answer, "instances": list(self._session.instances)}
         return answer
 
     def close(self) -> None:

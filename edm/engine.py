@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from edm.config.settings import HandlerSettings
     from edm.interfaces import OutboxItem
-    from edm.types import PageRefs
+    from edm.types import Inheritance, PageRefs
 
 FETCH_PAGES: Final = 64
 MAX_PIDS: Final = 65536
@@ -46,7 +46,7 @@ class Outgoing:
 class Engine:
     """LSPT, LPET, write-back buffer and fault resolution; see native/edm_abi.h for every call's terms."""
 
-    def __init__(self, settings: HandlerSettings) -> None:
+    def __init__(self, settings: HandlerSettings, inheritance: Inheritance | None = None) -> None:
         config = ffi.new(
             "struct edm_engine_config *",
             {
@@ -63,9 +63,12 @@ class Engine:
                 "follow": not settings.cpus,
             },
         )
-        self.native = lib.edm_engine_new(config)
+        if inheritance is None:
+            self.native = lib.edm_engine_new(config)
+        else:
+            self.native = lib.edm_engine_adopt(config, inheritance.holder, inheritance.segment)
         if not self.native:
-            raise NativeError(ffi.errno, "edm_engine_new")
+            raise NativeError(ffi.errno, "edm_engine_new" if inheritance is None else "adopting the programs")
         workers = range(settings.fault_threads)
         self._refs = [
             np.frombuffer(
@@ -89,6 +92,15 @@ class Engine:
         if count == -errno.ESHUTDOWN:
             return -1
         raise NativeError(-count, "edm_poll")
+
+    def held_by(self, holder: int) -> int:
+        """Note the process that keeps our descriptors; the number there from which another engine goes on."""
+        lib.edm_engine_holder(self.native, holder)
+        return int(lib.edm_engine_segment(self.native))
+
+    def release(self) -> None:
+        """End the holders of the DM-Handlers before us: what they hold is held by our own."""
+        lib.edm_engine_release(self.native)
 
     def use_channel(self, worker: int, table: int) -> None:
         """Let a worker fetch by itself through the C table "edm.channel_ops" at that address; before its first poll."""

@@ -101,6 +101,8 @@ class SpreadChannel:
         """Ask every server; the answer is the first server's, or the first that is not ok."""
         if request.get("op") == "move_pages":
             return self._move(request)
+        if request.get("op") == "resume":
+            return self._resume(request)
         if "sequence" in request:
             request = {**request, "sequence": int(request["sequence"]) * _STEPS}
         answers = self._ask_all(request)
@@ -108,12 +110,19 @@ class SpreadChannel:
             for server, answer in enumerate(answers):
                 if answer.get("ok"):
                     self._session.instances[server] = int(answer["instance"])
+            answers[0] = {**answers[0], "instances": list(self._session.instances)}
         return self._joined(request, answers)
 
     def close(self) -> None:
         """Release all links; a second call does nothing."""
         for conversation in self._conversations:
             conversation.link.close()
+
+    def _resume(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        deadline = self._deadline()
+        for conversation, its_own in zip(self._conversations, self._session.resumed(request), strict=True):
+            ask(conversation, its_own, deadline)
+        return self._joined(request, [receive_answer(conversation) for conversation in self._conversations])
 
     def _deadline(self) -> float:
         return time.monotonic() + self._deadline_s

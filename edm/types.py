@@ -30,6 +30,8 @@ class GetStatus(IntEnum):
     NEW_PAGE = 0
     EXISTING_PAGE = 1
     ERROR = 2
+    LOST = 3
+    """Never sent: the DM-Handler gives the page up, and its program gets SIGBUS for it."""
 
 
 class EvictStatus(IntEnum):
@@ -103,6 +105,23 @@ class SptRows:
     checksums: NDArray[np.uint32]
 
 
+INHERITANCE_FILE: Final = "inheritance.json"
+"""In the run's directory: what is to be an `Inheritance`, as an object of its fields."""
+
+
+@attrs.frozen(slots=True)
+class Inheritance:
+    """Where a DM-Handler finds the programs of one that died.
+
+    holder: the process that keeps their descriptors. segment: the descriptor there from which a fault source goes on.
+    instances: the DM-Handler's numbers, one from each memory server.
+    """
+
+    holder: int
+    segment: int
+    instances: tuple[int, ...]
+
+
 @attrs.frozen(slots=True)
 class RunContext:
     """What a plugin may know of the run it is opened in.
@@ -111,12 +130,14 @@ class RunContext:
     store_dir: where a store puts its files (may outlive the run).
     role: "dm-handler", "dms" or "launcher".
     deadline_s: longest wait for one answer, in seconds, before `TransportTimeout`.
+    inheritance: what a DM-Handler that died has left to this one.
     """
 
     run_dir: Path
     store_dir: Path
     role: str
     deadline_s: float = 10.0
+    inheritance: Inheritance | None = None
 
 
 @attrs.frozen(slots=True)

@@ -61,7 +61,7 @@ static bool receive_hello(int s, struct edm_hello *hello, int fds[2]) {
     return n == (ssize_t)sizeof *hello && hello->magic == EDM_CTL_MAGIC;
 }
 
-static struct edm_ctl *map_ctl(int fd) {
+struct edm_ctl *ctl_map(int fd) {
     struct stat st;
     if (fd < 0 || fstat(fd, &st) || st.st_size < EDM_CTL_BYTES)
         return NULL;
@@ -88,11 +88,15 @@ static struct space *space_of_pid(struct edm_engine *g, int pid) {
     return NULL;
 }
 
-// What the engine needs of a process, whichever way its uffd came. Takes the control page over.
-static int space_attach(struct space *s, struct edm_ctl *c, int pid) {
+// What the engine needs of a process, whichever way its uffd came. Takes the control page and its descriptor over.
+int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid) {
     s->ctl = c;
-    s->pid = pid;
+    s->ctl_fd = ctl_fd;
+    s->state->ctl[s->engine->turn] = ctl_fd;
+    s->pid = s->state->pid = pid;
     s->staging = c->staging;
+    c->handler_pid = getpid();
+    c->holder_pid = s->engine->state->holder[s->engine->turn];
     if (s->pidfd < 0)
         s->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     s->pagemap_fd = open_proc(pid, "pagemap");
@@ -102,34 +106,34 @@ static int space_attach(struct space *s, struct edm_ctl *c, int pid) {
     return uffd_register(s, c->staging >> PAGE_SHIFT, (c->staging >> PAGE_SHIFT) + EDM_STAGING_PAGES);
 }
 
-static struct space *admit_new(struct edm_engine *g, int pid, struct edm_ctl *c, int uffd, int *error) {
-    *error = uffd_open_api(g, uffd);
+static struct space *admit_new(struct edm_engine *g, int pid, struct edm_ctl *c, const int fds[2], int *error) {
+    *error = uffd_open_api(g, fds[1]);
     if (*error)
         return NULL;
     struct space *old = space_of_pid(g, pid);
     if (old)  // exec: the process has another address space now
         space_retire(old);
     struct space *s = space_new(g, &uffd_ops);
-    s->uffd = uffd;
-    *error = space_attach(s, c, pid);
-    s->anchor = c->anchor;
+    s->uffd = s->state->uffd[g->turn] = fds[1];
+    *error = space_attach(s, c, fds[0], pid);
+    s->anchor = s->state->anchor = c->anchor;
     if (!*error)
         *error = uffd_register(s, c->anchor >> PAGE_SHIFT, (c->anchor >> PAGE_SHIFT) + 1);
     if (!*error)
         *error = uffd_watch(s);
     if (*error) {
-        space_retire(s);  // closes the uffd and unmaps the control page
+        space_retire(s);  // closes both descriptors and unmaps the control page
         return NULL;
     }
     return s;
 }
 
 // The child's uffd came with the parent's FORK event; its first touch of the anchor said whose it is.
-static struct space *admit_forked(struct edm_engine *g, int pid, struct edm_ctl *c, int *error) {
+static struct space *admit_forked(struct edm_engine *g, int pid, struct edm_ctl *c, int ctl_fd, int *error) {
     struct space *s = NULL;
     for (int ms = 0; ms < HANDSHAKE_MS && !s && !atomic_load(&g->stop); ms++) {
         s = space_of_pid(g, pid);
-        if (s && s->parent && !s->ctl)
+        if (s && s->forked && !s->ready)
             break;
         s = NULL;
         pthread_mutex_unlock(&g->mu);
@@ -140,7 +144,13 @@ static struct space *admit_forked(struct edm_engine *g, int pid, struct edm_ctl 
         *error = EDM_AGAIN_AS_NEW;
         return NULL;
     }
-    *error = space_attach(s, c, pid);
+    if (s->ctl) {  // the DM-Handler died while it came before
+        munmap(s->ctl, EDM_CTL_BYTES);
+        close(s->ctl_fd);
+        close(s->pagemap_fd);
+        close(s->statm_fd);
+    }
+    *error = space_attach(s, c, ctl_fd, pid);
     if (!*error)
         space_prune_unmapped(s);
     return s;
@@ -159,19 +169,24 @@ static void hand_over(struct edm_engine *g, int sock) {
     if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &length) || !send_reply(sock, 0, g->dev_fd) ||
         !receive_hello(sock, &hello, fds))
         goto out;
-    struct edm_ctl *c = map_ctl(fds[0]);
+    struct edm_ctl *c = ctl_map(fds[0]);
     if (!c || (hello.kind == EDM_HELLO_NEW && fds[1] < 0))
         goto out;
     pthread_mutex_lock(&g->mu);
+    point(POINT_hello);
     struct space *s;
     if (hello.kind == EDM_HELLO_NEW) {
-        s = admit_new(g, cred.pid, c, fds[1], &error);
-        fds[1] = s ? -1 : fds[1];
+        s = admit_new(g, cred.pid, c, fds, &error);
     } else {
-        s = admit_forked(g, cred.pid, c, &error);
+        s = admit_forked(g, cred.pid, c, fds[0], &error);
     }
+    if (s || error != EDM_AGAIN_AS_NEW)
+        fds[0] = -1;
+    if (s && hello.kind == EDM_HELLO_NEW)
+        fds[1] = -1;
     if (!s && error != EDM_AGAIN_AS_NEW)
         engine_error(g, "process %d cannot be captured: errno %d", cred.pid, -error);
+    point(POINT_admitted);
     if (s && !error)
         space_sweep(s);
     if (s)
@@ -182,6 +197,7 @@ static void hand_over(struct edm_engine *g, int sock) {
     pthread_mutex_unlock(&g->mu);
     bool alive = send_reply(sock, error, hello.kind == EDM_HELLO_FORK ? uffd : -1) && !error &&
                  receive_hello(sock, &hello, none);
+    point(POINT_answered_hello);
     pthread_mutex_lock(&g->mu);
     if (s && alive && !s->dead) {
         s->sidecar_pid = __atomic_load_n(&s->ctl->sidecar_pid, __ATOMIC_ACQUIRE);
@@ -192,6 +208,7 @@ static void hand_over(struct edm_engine *g, int sock) {
     if (s)
         space_unref(s);
     pthread_mutex_unlock(&g->mu);
+    point(POINT_captured);
     if (alive)
         send_reply(sock, 0, -1);
 out:
@@ -244,6 +261,7 @@ static bool look_at_spaces(struct edm_engine *g) {
             i = (uint32_t)-1;  // the table has changed
             continue;
         }
+        order_settle(g, s);
         changed |= s->ready && space_sweep(s);
     }
     pthread_mutex_unlock(&g->mu);
@@ -272,18 +290,31 @@ void *capture_thread(void *engine) {
     return NULL;
 }
 
+static int capture_start(struct edm_engine *g) {
+    if (pthread_create(&g->capture, NULL, capture_thread, g))
+        return -EAGAIN;
+    g->capture_running = true;
+    return 0;
+}
+
 int edm_engine_listen(struct edm_engine *g, const char *path, uint32_t instance) {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof a.sun_path)
         return -ENAMETOOLONG;
     strcpy(a.sun_path, path);
-    g->instance = instance;
+    g->instance = g->state->instance = instance;
+    if (g->adopted) {
+        pthread_mutex_lock(&g->mu);
+        adopt_spaces(g);
+        pthread_mutex_unlock(&g->mu);
+        int r = lpet_start(g);
+        return r ? r : capture_start(g);
+    }
     g->dev_fd = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
     g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (g->listen_fd < 0 || bind(g->listen_fd, (struct sockaddr *)&a, sizeof a) || listen(g->listen_fd, 512))
         return -errno;
-    if (pthread_create(&g->capture, NULL, capture_thread, g))
-        return -EAGAIN;
-    g->capture_running = true;
-    return 0;
+    g->state->dev[g->turn] = g->dev_fd;
+    g->state->listen[g->turn] = g->listen_fd;
+    return capture_start(g);
 }

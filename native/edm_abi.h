@@ -81,6 +81,16 @@ struct edm_engine;
 
 /* NULL with errno set if memory or an fd cannot be had. */
 struct edm_engine *edm_engine_new(const struct edm_engine_config *config);
+/* Take over what another DM-Handler, which has died, was serving: `holder` is the process that keeps its descriptors,
+   and `segment` the number there of what edm_engine_segment gave. The programs are served from edm_engine_listen on.
+   NULL with errno set. */
+struct edm_engine *edm_engine_adopt(const struct edm_engine_config *config, int32_t holder, int32_t segment);
+/* The descriptor that edm_engine_adopt of another process needs. */
+int32_t edm_engine_segment(struct edm_engine *engine);
+/* Whoever holds this process's descriptors now; an adopted engine is this process's own from here on. */
+void edm_engine_holder(struct edm_engine *engine, int32_t holder);
+/* End the holders that an adopted engine took its descriptors from. */
+void edm_engine_release(struct edm_engine *engine);
 /* Start the LPET and accept programs on the unix socket `path`. 0 or -errno. */
 int edm_engine_listen(struct edm_engine *engine, const char *path, uint32_t instance);
 /* End all waiting calls; no fault is served after it. */
@@ -181,6 +191,17 @@ int edm_uffd_check(void);
 
 /* The holder: keeps every file descriptor of this process open after it has died. Returns its pid, or -errno. */
 int edm_holder_start(int32_t launcher_pid);
+
+/* ---- fault points (native/points.h): for tests ---- */
+#define EDM_POINT_KILL 1  /* SIGKILL for this process */
+#define EDM_POINT_DELAY 2 /* 200 ms */
+#define EDM_POINT_FAIL 3  /* what is done there fails, where it can */
+#define EDM_POINT_HOLD 4  /* wait until `flag` is there again */
+/* The name of a point, counted from 1; NULL behind the last. */
+const char *edm_point_name(int number);
+/* Arm one point of this process: it acts once, after it was passed `times` times, and removes the file `flag` when it
+   does. Its number, -ENOENT or -EINVAL. */
+int edm_point_arm(const char *name, int what, int times, const char *flag);
 
 /* ---- replayed faults (native/replay.c): a program's touches, without userfaultfd ------------------------------- */
 

@@ -82,13 +82,26 @@ static void *map_pages(uint64_t pages) {
     return p == MAP_FAILED ? NULL : p;
 }
 
-struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
+struct edm_engine *engine_alloc(const struct edm_engine_config *config) {
     struct edm_engine *g = calloc(1, sizeof *g);
     if (!g)
         return NULL;
     g->cfg = *config;
-    g->listen_fd = g->dev_fd = -1;
+    g->former[0] = g->former[1] = -1;
+    g->epoll = g->kick = g->listen_fd = g->dev_fd = g->state_fd = -1;
     g->home = g->lpet_cpu = g->out_cpu = -1;
+    return g;
+}
+
+int lpet_start(struct edm_engine *g) {
+    if (pthread_create(&g->lpet, NULL, lpet_thread, g))
+        return -EAGAIN;
+    g->lpet_running = true;
+    return 0;
+}
+
+// Tables over the segment, and the threads' buffers; no thread yet where spaces are to be adopted first.
+int engine_make(struct edm_engine *g) {
     g->epoll = epoll_create1(EPOLL_CLOEXEC);
     g->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = NULL};
@@ -104,20 +117,22 @@ struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
     pthread_condattr_destroy(&mono);
     budget_set(g);
 
-    g->nslots = (uint32_t)(config->write_back_pages ? config->write_back_pages : EDM_BATCH_PAGES);
-    g->slots = map_pages(g->nslots);
-    g->slot = calloc(g->nslots + 1, sizeof *g->slot);
+    g->nslots = g->spare_slot = g->state->slots;
+    g->slot = calloc(g->nslots_all + 1, sizeof *g->slot);
     g->out_pages = map_pages(EDM_OUTBOX_BATCH);
     g->out_refs = calloc(EDM_OUTBOX_BATCH, sizeof *g->out_refs);
     g->batch = batch_new();
     g->zeros = map_pages(MAX_FETCH);
     g->nfetch = MAX_WORKERS * MAX_FETCH;
     g->fetch = calloc(g->nfetch + 1, sizeof *g->fetch);
-    if (!g->slots || !g->slot || !g->out_pages || !g->out_refs || !g->batch || !g->zeros || !g->fetch)
+    if (!g->slot || !g->out_pages || !g->out_refs || !g->batch || !g->zeros || !g->fetch)
         goto fail;
-    for (uint32_t i = 0; i < g->nslots; i++)
-        g->slot[i].next_free = i + 2 <= g->nslots ? i + 2 : 0;
-    g->free_slot = 1;
+    outbox_again(g);
+    for (uint32_t i = g->nslots; i-- > 0;)
+        if (!g->slot[i].refs) {
+            g->slot[i].next_free = g->free_slot;
+            g->free_slot = i + 1;
+        }
     for (uint32_t i = 0; i < g->nfetch; i++)
         g->fetch[i].next_free = i + 2 <= g->nfetch ? i + 2 : 0;
     g->free_fetch = 1;
@@ -128,14 +143,24 @@ struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
         if (!g->worker[i].refs || !g->worker[i].pages)
             goto fail;
     }
-    if (pthread_create(&g->lpet, NULL, lpet_thread, g))
-        goto fail;
-    g->lpet_running = true;
-    return g;
-fail:;
-    int e = errno ? errno : ENOMEM;
+    return g->adopted ? 0 : lpet_start(g);
+fail:
+    return errno ? -errno : -ENOMEM;
+}
+
+static uint32_t buffer_slots(const struct edm_engine_config *config) {
+    return (uint32_t)(config->write_back_pages ? config->write_back_pages : EDM_BATCH_PAGES);
+}
+
+struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
+    struct edm_engine *g = engine_alloc(config);
+    int r = g ? state_create(g, buffer_slots(config)) : -errno;
+    if (!r)
+        r = engine_make(g);
+    if (!r)
+        return g;
     edm_engine_free(g);
-    errno = e;
+    errno = -r;
     return NULL;
 }
 
@@ -201,16 +226,15 @@ void edm_engine_free(struct edm_engine *g) {
     free(g->retry.v);
     free(g->ready.v);
     free(g->fetch);
-    free(g->item);
     free(g->slot);
     free(g->out_refs);
-    unmap_pages(g->slots, g->nslots);
+    state_close(g);
     unmap_pages(g->out_pages, EDM_OUTBOX_BATCH);
     batch_free(g->batch);
     unmap_pages(g->zeros, MAX_FETCH);
     trace_free(g);
-    int fds[] = {g->epoll, g->kick, g->listen_fd, g->dev_fd};
-    for (int i = 0; i < 4; i++)
+    int fds[] = {g->epoll, g->kick, g->listen_fd, g->dev_fd, g->former[0], g->former[1]};
+    for (int i = 0; i < 6; i++)
         if (fds[i] >= 0)
             close(fds[i]);
     free(g);

@@ -15,7 +15,9 @@
 
 #include "edm_abi.h"
 #include "edm_ops.h"
+#include "point.h"
 #include "sidecar.h"
+#include "state.h"
 #include "streams.h"
 
 #define PAGE_SHIFT 12
@@ -116,6 +118,7 @@ void ranges_del(struct ranges *r, uint64_t a, uint64_t b);
 bool ranges_has(const struct ranges *r, uint64_t page);
 // First stretch of [*a, b) that is not in r: sets [*a, *e) and returns true, or false.
 bool ranges_gap(const struct ranges *r, uint64_t *a, uint64_t b, uint64_t *e);
+bool ranges_touch(const struct ranges *r, uint64_t a, uint64_t b);
 void ranges_free(struct ranges *r);
 
 // ---- where faults come from -----------------------------------------------------------------------------------
@@ -127,11 +130,12 @@ struct move_batch {
     struct move_window {
         struct leaf *leaf;
         uint64_t base;
-        uint64_t mask;   // asked for
-        uint64_t pass;   // not there when the batch was chosen: a move may reach across them
-        uint64_t clean;  // of those asked for: need not be read, the DMS has them
-        uint64_t moved;  // out: left the app, asked for or not
-        uint64_t busy;   // out: the kernel refused (pinned, locked, shared)
+        uint64_t mask;             // asked for
+        uint64_t pass;             // not there when the batch was chosen: a move may reach across them
+        uint64_t clean;            // of those asked for: need not be read, the DMS has them
+        uint64_t moved;            // out: left the app, asked for or not
+        uint64_t busy;             // out: the kernel refused (pinned, locked, shared)
+        uint64_t waited, writers;  // faults met meanwhile
     } w[EDM_WINDOWS];
     uint32_t nread;          // pages that moved and must be read
     uint8_t **into;          // where each of them goes, in order of window and page
@@ -155,6 +159,9 @@ struct source_ops {
     uint64_t (*pfn)(struct space *s, uint64_t page);          // 0: may not be read; the call may be NULL
     int (*forked)(struct space *child, const struct uffd_msg *msg);
     bool (*gone)(struct space *s);
+    // Where events of several threads may come in another order than what they tell of; both NULL elsewhere.
+    bool (*mapped)(struct space *s, uint64_t page);
+    bool (*changing)(struct space *s);  // an event is unread, or its system call has not gone on
     void (*retire)(struct space *s);
 };
 extern const struct source_ops uffd_ops;
@@ -166,6 +173,13 @@ struct space {
     const struct source_ops *ops;
     uint64_t region;  // its name at the DMS
     struct space *parent;
+    struct state_space *state;  // what outlives this process; NULL once it is dead
+    uint32_t late;              // remaps that were put off, see order.c
+    bool unquiet;               // there may be events that are unread, or owed
+    bool young;                 // forked since its parent was quiet last
+    bool adopting;
+    bool forked;  // its uffd came with a FORK event
+    bool asks;    // adopted: only the DMS knows what it has of the pages that are not there
     struct lspt lspt;
     struct ranges known;    // registered
     struct ranges removed;  // had a REMOVE lately: pages there may predate it, see removed.c
@@ -188,7 +202,7 @@ struct space {
     pthread_cond_t idle;  // batch_busy, draining or applying fell, or the space died
     // uffd
     int sidecar_cpu;  // where it was put; -1: nowhere in particular
-    int uffd, pid, pidfd, sidecar_pid, sidecar_fd, pagemap_fd, statm_fd;
+    int uffd, ctl_fd, pid, pidfd, sidecar_pid, sidecar_fd, pagemap_fd, statm_fd;
     uint32_t generation;  // address-space events read so far
     uint32_t request;     // sidecar requests so far
     struct edm_ctl *ctl;
@@ -222,13 +236,16 @@ struct fault_queue {
 
 enum outbox_state { OB_FREE = 0, OB_QUEUED, OB_SENT, OB_CANCELLED_IN_FLIGHT };
 
+// In the segment of state.h: `space`, `page` and `next` mean something only to the process that set them.
 struct outbox_item {
     struct space *space;
-    uint64_t seq, page, version;
+    uint64_t seq, region, page, version;
     uint64_t a, b, c;  // structural requests: see edm_outbox in edm_abi.h
     uint32_t slot, checksum;
     uint32_t next;  // index + 1
+    uint32_t home;  // of the space, in the segment's table
     uint8_t kind, state;
+    bool rescuing;  // its page is being copied back, or has been
 };
 
 struct write_slot {
@@ -258,8 +275,14 @@ struct edm_engine {
     pthread_mutex_t mu;
     struct edm_engine_config cfg;
     struct edm_counters count;
+    struct state_head *state;  // with the outbox items and the write-back slots: see state.h
+    struct state_space *state_space;
+    int state_fd;
+    uint32_t state_hint;  // no free entry of state_space is before it
+    uint32_t turn;        // our half of the pairs of descriptors in the segment
+    bool adopted;
+    int former[2];  // pidfds of the holders it was adopted from; -1
     uint32_t instance;
-    uint32_t next_region;
     _Atomic int stop;
     int epoll, kick;
     char error[256];
@@ -291,10 +314,11 @@ struct edm_engine {
     uint8_t *slots;
     struct write_slot *slot;
     uint32_t nslots, free_slot, slots_used;
+    uint32_t nslots_all, spare_slot;  // with those for an adopted batch; the next of them
     struct outbox_item *item;
     uint32_t nitems, free_item;
     uint32_t head, tail, queued;
-    uint64_t seq, done_seq, version;
+    uint64_t seq, done_seq;
     uint64_t first_queued_ns;
     bool outbox_urgent;
     const struct edm_channel_ops *out_channel;  // NULL: Python carries
@@ -322,6 +346,9 @@ void engine_kick(struct edm_engine *g);
 void queue_push(struct fault_queue *q, struct space *s, uint64_t page, uint32_t flags);
 void queue_fault(struct fault_queue *q, struct fault f);
 bool queue_pop(struct fault_queue *q, struct fault *out);
+struct edm_engine *engine_alloc(const struct edm_engine_config *config);
+int engine_make(struct edm_engine *g);
+int lpet_start(struct edm_engine *g);
 void *xcalloc(size_t n, size_t size);
 void *xrealloc(void *p, size_t size);
 
@@ -339,9 +366,31 @@ void entry_leave(struct leaf *l, struct lspt_entry *e);  // no longer resident, 
 void space_forget(struct space *s, uint64_t a, uint64_t b);
 void space_drop_stored(struct space *s, uint64_t page, uint64_t count);
 void space_move(struct space *s, uint64_t from, uint64_t to, uint64_t count);
+// … without telling the DMS; whether it may hold any of them.
+bool space_rename(struct space *s, uint64_t from, uint64_t to, uint64_t count);
+// The space as the segment has it.
+struct space *space_again(struct edm_engine *g, const struct source_ops *ops, struct state_space *state);
+static inline bool space_asks(const struct space *s);
 
 // ---- events.c [3-5]
 void space_read(struct edm_engine *g, struct space *s, int worker);
+void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m);
+void event_remove(struct space *s, uint64_t a, uint64_t b);
+// order.c
+bool order_put_off(struct space *s, const struct uffd_msg *m);
+bool order_put_off_removal(struct space *s, uint64_t a, uint64_t b, const struct uffd_msg *m);
+bool order_waits(const struct space *s, uint64_t page);
+void order_moved(struct space *s, uint64_t from, uint64_t to, uint64_t n, bool unmapped);
+bool order_owed(struct space *s, uint64_t a, uint64_t b);
+void order_catch_up(struct edm_engine *g, struct space *s, bool all);
+void order_settle(struct edm_engine *g, struct space *s);
+// Whether a message is an address-space event of the program's own: not the sidecar's drops of staging.
+bool space_event(const struct space *s, const struct uffd_msg *m);
+// The descriptor that came with a FORK event.
+int event_uffd(const struct edm_engine *g, const struct uffd_msg *m);
+void event_uffd_again(const struct edm_engine *g, struct uffd_msg *m, int fd);
+// What another DM-Handler had read and not applied, and what is there to be read; faults are left to be raised again.
+void events_again(struct edm_engine *g, struct space *s);
 
 // ---- faults.c [5, 12-15]
 void fault_take(struct edm_engine *g, int worker, struct fault f);
@@ -373,6 +422,8 @@ uint8_t *write_slot_data(struct edm_engine *g, uint32_t slot);
 uint32_t outbox_push(struct edm_engine *g, int kind, struct space *s);
 struct outbox_item *outbox_item_at(struct edm_engine *g, uint64_t id);
 void outbox_cancel(struct edm_engine *g, uint64_t id);
+// Take the segment's outbox over; its items have no `space` yet.
+void outbox_again(struct edm_engine *g);
 
 // ---- moveout.c: one batch of the LPET
 uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batch *b);
@@ -402,9 +453,19 @@ bool pidfd_dead(int pidfd);
 // ---- removed.c: a REMOVE event has been read; and whether what it told of has happened
 void removed_note(struct space *s, uint64_t a, uint64_t b);
 bool removed_settled(struct space *s);
+// Any REMOVE may have been read by another DM-Handler: nothing is joined before its threads have been looked at.
+void removed_unknown(struct space *s);
+
+// ---- adopt.c, state.c
+void adopt_spaces(struct edm_engine *g);
+int state_take_over(struct edm_engine *g, int fd);
 
 // ---- capture.c: new programs; sweep.c: their mappings
 void *capture_thread(void *engine);
+int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid);
+struct edm_ctl *ctl_map(int fd);
 bool space_sweep(struct space *s);
 void space_prune_unmapped(struct space *s);
 void holder_note(struct edm_engine *g);
+
+static inline bool space_asks(const struct space *s) { return s->asks || s->engine->cfg.ask; }

@@ -5,6 +5,8 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <string.h>
+#include <time.h>
 
 #define READ_MESSAGES 32
 
@@ -13,11 +15,37 @@ static uint64_t page_of(uint64_t address) { return address >> PAGE_SHIFT; }
 static void event_fork(struct edm_engine *g, struct space *s, const struct uffd_msg *m) {
     g->count.events_fork++;
     struct space *child = space_fork(s);
+    point(POINT_fork_made);
     int r = s->ops->forked(child, m);
     if (r) {
         engine_error(g, "fork: the child cannot be served: errno %d", -r);
         space_retire(child);
     }
+    point(POINT_fork_served);
+}
+
+void event_remove(struct space *s, uint64_t a, uint64_t b) {
+    removed_note(s, a, b);
+    space_forget(s, a, b);
+}
+
+void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m) {
+    uint64_t from = page_of(m->arg.remap.from), to = page_of(m->arg.remap.to), n = page_of(m->arg.remap.len);
+    ranges_del(&s->known, from, from + n);
+    ranges_del(&s->known, to, to + n);
+    if (!s->adopting)
+        ranges_add(&s->known, to, to + n);
+    space_move(s, from, to, n);
+    // A child forked after the move, whose event came first, has nothing mapped at the old place.
+    for (uint32_t i = 0; i < g->nspaces; i++) {
+        struct space *child = g->space[i];
+        if (child->parent == s && child->young && !child->dead && child->ops->mapped &&
+            !child->ops->mapped(child, from))
+            space_move(child, from, to, n);
+    }
+    point(POINT_move_done);
+    order_moved(s, from, to, n, m->reserved3 != 0);
+    s->sweep_soon = true;
 }
 
 static void event_apply(struct edm_engine *g, struct space *s, const struct uffd_msg *m) {
@@ -25,30 +53,27 @@ static void event_apply(struct edm_engine *g, struct space *s, const struct uffd
     case UFFD_EVENT_FORK:
         event_fork(g, s, m);
         break;
-    case UFFD_EVENT_REMAP: {
-        uint64_t from = page_of(m->arg.remap.from), to = page_of(m->arg.remap.to), n = page_of(m->arg.remap.len);
+    case UFFD_EVENT_REMAP:
         g->count.events_remap++;
-        ranges_del(&s->known, from, from + n);
-        ranges_del(&s->known, to, to + n);
-        ranges_add(&s->known, to, to + n);
-        space_move(s, from, to, n);
-        s->sweep_soon = true;
+        if (!order_put_off(s, m))
+            event_remap(g, s, m);
         break;
-    }
     case UFFD_EVENT_REMOVE: {
         uint64_t a = page_of(m->arg.remove.start), b = page_of(m->arg.remove.end);
         g->count.events_remove++;
-        removed_note(s, a, b);
-        space_forget(s, a, b);
+        if (!order_put_off_removal(s, a, b, m))
+            event_remove(s, a, b);
         break;
     }
     case UFFD_EVENT_UNMAP: {
         uint64_t a = page_of(m->arg.remove.start), b = page_of(m->arg.remove.end);
         g->count.events_unmap++;
+        s->sweep_soon = true;
+        if (order_owed(s, a, b))
+            break;
         ranges_del(&s->known, a, b);
         ranges_del(&s->removed, a, b);
         space_forget(s, a, b);
-        s->sweep_soon = true;
         break;
     }
     default:
@@ -56,36 +81,92 @@ static void event_apply(struct edm_engine *g, struct space *s, const struct uffd
     }
 }
 
+bool space_event(const struct space *s, const struct uffd_msg *m) {
+    if (m->event == UFFD_EVENT_PAGEFAULT)
+        return false;
+    return !s->staging || m->event != UFFD_EVENT_REMOVE || m->arg.remove.start < s->staging ||
+           m->arg.remove.end > s->staging + EDM_STAGING_PAGES * PAGE_SIZE_;
+}
+
+// A number of the table it was read into; after an adoption a pair by the head's turn, in words the kernel leaves zero.
+int event_uffd(const struct edm_engine *g, const struct uffd_msg *m) {
+    uint64_t pair = m->arg.reserved.reserved2;
+    return m->arg.reserved.reserved3 ? (int)(uint32_t)(pair >> 32 * g->turn) : (int)m->arg.fork.ufd;
+}
+
+void event_uffd_again(const struct edm_engine *g, struct uffd_msg *m, int fd) {
+    uint64_t now = (uint32_t)event_uffd(g, m), then = (uint32_t)fd;
+    m->arg.reserved.reserved2 = g->turn ? now << 32 | then : then << 32 | now;
+    STATE_BARRIER();
+    m->arg.reserved.reserved3 = 1;
+}
+
+static void event_mark(struct space *s, uint64_t committed, uint32_t at) {
+    __atomic_store_n(&s->state->event_mark, committed * EVENT_AT + at, __ATOMIC_RELEASE);
+}
+
+// From number `from` on; what is killed on the way is taken up there by the next DM-Handler.
+static void events_apply(struct edm_engine *g, struct space *s, uint32_t from, uint32_t n) {
+    const struct uffd_msg *m = s->state->event;
+    for (uint32_t i = from; i < n && !s->dead; i++) {
+        if (!space_event(s, &m[i]))
+            continue;
+        event_mark(s, g->seq, i);
+        point(POINT_event_begun);
+        event_apply(g, s, &m[i]);
+        if (s->late && !s->dead)
+            order_catch_up(g, s, false);
+        point(POINT_event_applied);
+        state_commit(g);
+        point(POINT_event_committed);
+        event_mark(s, NOT_YET, i + 1);
+    }
+}
+
+// Last first: what is left of them when this is cut short lies before the mark.
+static void events_clear(struct space *s, uint32_t n) {
+    while (n-- > 0) {
+        s->state->event[n].arg.reserved.reserved3 = 0;
+        __atomic_store_n(&s->state->event[n].event, 0, __ATOMIC_RELEASE);
+    }
+    event_mark(s, NOT_YET, 0);
+}
+
 // Called with the lock held; may let it go while a batch that is moving out comes to its end.
 void space_read(struct edm_engine *g, struct space *s, int worker) {
     struct uffd_msg m[READ_MESSAGES];
     if (s->applying || s->dead)
         return;
-    int n = s->ops->read(s, m, READ_MESSAGES);
+    // Into the segment: once it is read, only we know of an event.
+    int n = s->ops->read(s, s->state->event, READ_MESSAGES);
     if (n <= 0) {
         if (n < 0 && n != -EAGAIN)
             engine_error(g, "read of a uffd: errno %d", -n);
         return;
     }
+    memcpy(m, s->state->event, (size_t)n * sizeof *m);
     s->refs++;
     int events = 0;
     for (int i = 0; i < n; i++)
-        events += m[i].event != UFFD_EVENT_PAGEFAULT;
+        events += space_event(s, &m[i]);
     if (events) {
+        point(POINT_messages_read);
         s->applying = true;
         space_wait_idle(s);
-        for (int i = 0; i < n && !s->dead; i++)
-            if (m[i].event != UFFD_EVENT_PAGEFAULT)
-                event_apply(g, s, &m[i]);
+        events_apply(g, s, 0, (uint32_t)n);
         s->applying = false;
         pthread_cond_broadcast(&s->idle);
     }
+    if (s->state)
+        events_clear(s, (uint32_t)n);
+    if (events)
+        point(POINT_events_cleared);
     for (int i = 0; i < n && !s->dead; i++) {
         if (m[i].event != UFFD_EVENT_PAGEFAULT)
             continue;
         g->count.faults++;
         if (s->pid <= 0 && s->ops == &uffd_ops)
-            s->pid = (int)m[i].arg.pagefault.feat.ptid;
+            s->pid = s->state->pid = (int)m[i].arg.pagefault.feat.ptid;
         worker_follow(g, worker, (int)m[i].arg.pagefault.feat.ptid);
         struct fault f = {s, page_of(m[i].arg.pagefault.address), (uint32_t)m[i].arg.pagefault.flags,
                           m[i].arg.pagefault.feat.ptid};
@@ -94,4 +175,39 @@ void space_read(struct edm_engine *g, struct space *s, int worker) {
         fault_take(g, worker, f);
     }
     space_unref(s);
+}
+
+static uint32_t events_left(const struct space *s) {
+    uint32_t n = 0;
+    while (n < STATE_EVENTS && s->state->event[n].event)
+        n++;
+    return n;
+}
+
+#define QUIET_TRIES 200
+
+void events_again(struct edm_engine *g, struct space *s) {
+    uint32_t n = events_left(s), at = (uint32_t)(s->state->event_mark % EVENT_AT);
+    if (at < n && g->state->committed > s->state->event_mark / EVENT_AT)
+        at++;
+    for (int i = 0; i < STATE_LATE; i++)
+        s->late += s->state->late[i].event != 0;
+    // A thread that is let go on may owe another event; what was put off comes behind all of them.
+    for (int tries = 0; tries < QUIET_TRIES;) {
+        events_apply(g, s, at, n);
+        if (s->dead)
+            return;
+        events_clear(s, n);
+        at = 0;
+        int r = s->ops->read(s, s->state->event, READ_MESSAGES);
+        n = r > 0 ? (uint32_t)r : 0;
+        if (n)
+            continue;
+        if (!s->ops->changing(s))
+            break;
+        struct timespec t = {0, 100000};
+        nanosleep(&t, NULL);
+        tries++;
+    }
+    order_catch_up(g, s, true);
 }

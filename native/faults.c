@@ -11,7 +11,8 @@
 #include "crc32c.h"
 
 #define MAX_TRIES 4
-#define SPIN_WORTH 4  // spinning is given up when no fault came for so many times its length
+#define STATUS_LOST 3  // edm.types.GetStatus.LOST
+#define SPIN_WORTH 4   // spinning is given up when no fault came for so many times its length
 
 static bool room(const struct edm_engine *g) { return !g->limit || g->resident + g->inbound < g->limit + g->grace; }
 
@@ -58,10 +59,11 @@ static bool settle(struct edm_engine *g, struct fault f, int r, const char *call
 }
 
 static void take_new(struct edm_engine *g, struct fault f, bool believed_resident) {
-    if (!believed_resident)
+    if (!believed_resident && !space_asks(f.space))
         ahead_fill(g, f);
     f.thread = 0;
-    int r = f.space->ops->zero(f.space, f.page, 1);
+    int r = point(POINT_new_page) ? -ENOMEM : f.space->ops->zero(f.space, f.page, 1);
+    point(POINT_new_page_filled);
     if (r == 1) {
         g->count.zero_fills++;
         traced(g, f.space, f.page, EDM_TRACE_DONE, EDM_TRACE_ZERO);
@@ -82,6 +84,7 @@ static void take_new(struct edm_engine *g, struct fault f, bool believed_residen
 static void take_protected(struct edm_engine *g, struct fault f, struct lspt_entry *e) {
     int r = f.space->ops->unprotect(f.space, f.page);
     if (r == 0) {
+        point(POINT_unprotected);
         g->count.write_protects++;
         f.space->protects_in_vain++;
         e->flags &= ~PF_CLEAN;
@@ -95,12 +98,19 @@ static void take_protected(struct edm_engine *g, struct fault f, struct lspt_ent
 static void take_staged(struct edm_engine *g, struct fault f, struct lspt_entry *e) {
     uint64_t id = e->where;
     struct outbox_item *o = outbox_item_at(g, id);
+    o->rescuing = true;
+    STATE_BARRIER();
+    point(POINT_rescue_begun);
     int r = f.space->ops->copy(f.space, f.page, 1, write_slot_data(g, o->slot), false);
+    point(POINT_rescue_copied);
+    if (r != 1)
+        o->rescuing = false;
     if (r == 1) {
         uint8_t flags = (e->flags & PF_STORED) | (o->state == OB_SENT ? PF_STORED : 0);
         g->count.rescues++;
         traced(g, f.space, f.page, EDM_TRACE_DONE, EDM_TRACE_RESCUED);
         outbox_cancel(g, id);
+        point(POINT_rescue_done);
         installed(g, f.space, f.page, flags);
     } else if (r == -EEXIST) {
         engine_error(g, "page %#lx is both in the program and in the buffer", (unsigned long)f.page);
@@ -204,6 +214,10 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
         e->flags |= PF_WAITED | (f.flags & UFFD_PAGEFAULT_FLAG_WRITE ? PF_WRITER : 0);
         return;
     }
+    if (order_waits(s, f.page)) {
+        queue_fault(&g->retry, f);
+        return;
+    }
     if (state == PS_RESIDENT) {
         if (f.flags & UFFD_PAGEFAULT_FLAG_WP)
             take_protected(g, f, e);
@@ -230,7 +244,7 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
         take_staged(g, f, e);
     } else if (state == PS_REMOTE) {
         take_remote(g, worker, f, e);
-    } else if (g->cfg.ask) {
+    } else if (space_asks(s)) {
         take_remote(g, worker, f, lspt_entry_make(&s->lspt, s, f.page));
     } else {
         take_new(g, f, false);
@@ -253,7 +267,7 @@ static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct ls
         return;  // whoever needs it will ask, and be told
     // An answer may be overtaken by a rename in the outbox: ask again, and give up on the page only when the DMS
     // keeps answering so. Then the page is lost: the program gets SIGBUS there, never other bytes.
-    if (fs->flags / FAULT_TRY + 1 < MAX_TRIES || s->barrier > g->done_seq) {
+    if (status != STATUS_LOST && (fs->flags / FAULT_TRY + 1 < MAX_TRIES || s->barrier > g->done_seq)) {
         queue_push(&g->retry, s, fs->page, fs->flags + FAULT_TRY);
         return;
     }
@@ -287,7 +301,9 @@ static int copy_through_events(struct edm_engine *g, struct fetch_slot *fs, cons
 static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct edm_page_ref *ref, const uint8_t *data,
                     bool intact) {
     struct space *s = fs->space;
-    bool existing = ref->status == 1 && ref->version == fs->version && ref->checksum == fs->checksum && intact;
+    // Of an adopted program's page only the DMS knows the version.
+    bool known = ref->version == fs->version && ref->checksum == fs->checksum;
+    bool existing = ref->status == 1 && intact && (known || (s->asks && !fs->version && ref->version));
     struct lspt_entry *e = lspt_entry(&s->lspt, fs->page);
     if (!fs->version && ref->status == 0) {
         unfetch(g, e, fs);
@@ -307,6 +323,8 @@ static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct ed
         g->count.fetches++;
         traced(g, s, fs->page, EDM_TRACE_DONE, EDM_TRACE_FETCHED);
         e->where = 0;
+        entry_set_version(e, ref->version);
+        e->checksum = ref->checksum;
         installed(g, s, fs->page, PF_STORED | (protect ? PF_CLEAN : 0));
         return;
     }
@@ -389,6 +407,8 @@ int edm_resolve(struct edm_engine *g, int worker, int n) {
         return -EINVAL;
     struct worker *w = &g->worker[worker];
     bool intact[MAX_FETCH];
+    if (point(POINT_fetch_answered))
+        w->pages[0] ^= 1;
     for (int i = 0; i < n; i++)
         intact[i] =
             w->refs[i].status != 1 || edm_crc32c(w->pages + (size_t)i * PAGE_SIZE_, PAGE_SIZE_) == w->refs[i].checksum;
@@ -401,6 +421,7 @@ int edm_resolve(struct edm_engine *g, int worker, int n) {
         if (!done)
             fetched_one(g, w, i, intact[i]);
         i += done ? done : 1;
+        point(POINT_fetch_copied);
     }
     w->n = 0;
     pthread_mutex_unlock(&g->mu);
@@ -488,6 +509,8 @@ int edm_poll(struct edm_engine *g, int worker, int timeout_us) {
         pthread_mutex_unlock(&g->mu);
         if (n > 0 && g->cfg.spin_us)
             w->served_ns = now_ns();
+        if (have)
+            point(POINT_fetch_asked);
         if (have && !fetch_here(g, worker))
             return (int)have;
         if (now_ns() >= end)

@@ -166,6 +166,11 @@ bool ranges_has(const struct ranges *r, uint64_t page) {
     return i < r->n && r->v[i].a <= page;
 }
 
+bool ranges_touch(const struct ranges *r, uint64_t a, uint64_t b) {
+    uint32_t i = ranges_find(r, a);
+    return a < b && i < r->n && r->v[i].a < b;
+}
+
 bool ranges_gap(const struct ranges *r, uint64_t *a, uint64_t b, uint64_t *e) {
     while (*a < b) {
         uint32_t i = ranges_find(r, *a);

@@ -63,7 +63,7 @@ static void forget_clean(struct edm_engine *g, struct lspt_entry *e) {
 static void stage(struct edm_engine *g, struct leaf *l, int i, uint32_t slot, uint32_t checksum) {
     struct lspt_entry *e = &l->e[i];
     uint8_t stored = e->flags & PF_STORED;
-    if (!stored && !g->cfg.ask && all_zero(write_slot_data(g, slot))) {
+    if (!stored && !space_asks(l->space) && all_zero(write_slot_data(g, slot))) {
         write_slot_put(g, slot);
         e->state = PS_NEW;
         e->flags = 0;
@@ -73,7 +73,7 @@ static void stage(struct edm_engine *g, struct leaf *l, int i, uint32_t slot, ui
     uint32_t id = outbox_push(g, EDM_OUT_EVICT, l->space);
     struct outbox_item *o = outbox_item_at(g, id);
     o->page = o->a = l->base + (uint64_t)i;
-    o->version = ++g->version;
+    o->version = ++g->state->page_version;
     o->checksum = checksum;
     o->slot = slot;
     e->state = PS_STAGED;
@@ -119,14 +119,14 @@ static void faults_resume(struct edm_engine *g, struct leaf *l, uint64_t waited,
 static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_t k, bool all, uint32_t *read) {
     struct move_window *w = &b->w[k];
     struct leaf *l = w->leaf;
-    uint64_t waited = 0, writers = 0;
+    w->waited = w->writers = 0;
     for (int i = 0; i < LEAF_PAGES; i++) {
         uint64_t bit = 1ull << i;
         struct lspt_entry *e = &l->e[i];
         if (e->flags & PF_WAITED)
-            waited |= bit;
+            w->waited |= bit;
         if (e->flags & PF_WRITER)
-            writers |= bit;
+            w->writers |= bit;
         e->flags &= ~(PF_WAITED | PF_WRITER);
         if (w->moved & bit) {
             if (e->state != PS_EVICTING && e->state != PS_RESIDENT && e->state != PS_NEW)
@@ -148,8 +148,38 @@ static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_
     l->moving = false;
     if (!l->resident)
         leaf_unlist(g, l);
-    faults_resume(g, l, waited, writers);
     return (uint64_t)__builtin_popcountll(w->moved);
+}
+
+// From here on what lies in staging is the only copy of its pages …
+static void batch_begins(struct space *s, const struct move_batch *b) {
+    struct state_space *t = s->state;
+    for (uint32_t k = 0; k < b->n; k++)
+        t->window[k] = (struct state_window){b->w[k].base, b->w[k].clean};
+    t->windows = b->n;
+    t->moved_from = NOT_YET;
+    STATE_BARRIER();
+    t->moving = 1;
+}
+
+// … until all of them are in the outbox, at once. Only then may any of them go back to the program.
+static uint64_t batch_apply(struct edm_engine *g, struct space *s, struct move_batch *b, bool all) {
+    uint64_t freed = 0;
+    uint32_t read = 0;
+    s->state->moved_from = g->seq;
+    STATE_BARRIER();
+    for (uint32_t k = 0; k < b->n; k++) {
+        freed += window_apply(g, b, k, all, &read);
+        point(POINT_batch_half);
+    }
+    point(POINT_batch_applied);
+    state_commit(g);
+    point(POINT_batch_committed);
+    s->state->moving = 0;
+    point(POINT_batch_over);
+    for (uint32_t k = 0; k < b->n; k++)
+        faults_resume(g, b->w[k].leaf, b->w[k].waited, b->w[k].writers);
+    return freed;
 }
 
 // Move the batch out of its space; returns pages freed. Called and left with the lock held.
@@ -159,8 +189,11 @@ uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batc
     s->refs++;
     for (uint32_t k = 0; k < b->n; k++)
         b->w[k].leaf->moving = true;
+    batch_begins(s, b);
     pthread_mutex_unlock(&g->mu);
+    point(POINT_batch_begun);
     int r = s->ops->move_out(s, b);
+    point(POINT_batch_moved);
     pthread_mutex_lock(&g->mu);
     if (r == -EAGAIN)
         g->count.move_again++;
@@ -168,16 +201,15 @@ uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batc
     pthread_mutex_unlock(&g->mu);
     if (b->nread)
         s->ops->read_out(s, b);
+    point(POINT_batch_read);
     for (uint32_t i = 0; i < b->nread; i++)
         b->check[i] = edm_crc32c(b->into[i], PAGE_SIZE_);
     pthread_mutex_lock(&g->mu);
-    uint64_t freed = 0;
-    uint32_t read = 0;
-    for (uint32_t k = 0; k < b->n; k++)
-        freed += window_apply(g, b, k, r == 0, &read);
+    uint64_t freed = batch_apply(g, s, b, r == 0);
     s->batch_busy = false;
     if (freed)
         s->ops->drop_out(s, b->n);
+    point(POINT_staging_dropped);
     pthread_cond_broadcast(&s->idle);
     space_unref(s);
     return freed;

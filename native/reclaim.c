@@ -117,7 +117,9 @@ static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ran
     return mask & inside;
 }
 
-static bool can_move_out(const struct space *s) { return s->ready && !s->dead && !s->applying && !s->batch_busy; }
+static bool can_move_out(const struct space *s) {
+    return s->ready && !s->dead && !s->applying && !s->batch_busy && !s->late;
+}
 
 // Keep the first `most` pages of a mask.
 static uint64_t first_bits(uint64_t mask, uint64_t most) {

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "engine.h"
@@ -92,6 +93,19 @@ void removed_note(struct space *s, uint64_t a, uint64_t b) {
     s->removed_at_ns = now_ns();
     s->suspects_taken = false;
     s->nsuspects = 0;
+}
+
+// Each thread is looked at for a moment; where one has not been seen outside by then, pages join as after an event.
+void removed_unknown(struct space *s) {
+    struct timespec t = {0, 2000000};
+    s->suspects_taken = false;
+    s->nsuspects = 0;
+    for (int i = 0; i < 25; i++) {
+        if (all_elsewhere(s))
+            return;
+        nanosleep(&t, NULL);
+    }
+    removed_note(s, 0, LSPT_MAX_PAGE);
 }
 
 bool removed_settled(struct space *s) {

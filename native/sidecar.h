@@ -25,7 +25,9 @@ struct edm_ctl {
     uint32_t generation;        // counts address-space events read
     uint32_t batch_generation;  // `generation` when the batch was chosen
     uint32_t drop;              // how many staging windows to empty first
-    int32_t app_pid, sidecar_pid, uffd, unused;
+    int32_t app_pid, sidecar_pid, uffd;
+    int32_t handler_pid, holder_pid;  // with both gone nobody will serve a fault again: the sidecar ends the program
+    int32_t unused;
     uint64_t staging, anchor, self;
     struct {
         uint64_t src;   // address of the window's first page

@@ -12,8 +12,7 @@ static struct space *space_alloc(struct edm_engine *g, const struct source_ops *
     s->ops = ops;
     s->refs = 1;
     s->sidecar_cpu = -1;
-    s->uffd = s->pidfd = s->sidecar_fd = s->pagemap_fd = s->statm_fd = -1;
-    s->region = (uint64_t)g->instance << 32 | ++g->next_region;
+    s->uffd = s->ctl_fd = s->pidfd = s->sidecar_fd = s->pagemap_fd = s->statm_fd = -1;
     pthread_condattr_t mono;
     pthread_condattr_init(&mono);
     pthread_condattr_setclock(&mono, CLOCK_MONOTONIC);
@@ -28,9 +27,33 @@ static struct space *space_alloc(struct edm_engine *g, const struct source_ops *
     return s;
 }
 
-struct space *space_new(struct edm_engine *g, const struct source_ops *ops) {
+// With a region and an entry in the segment; the outbox item that makes it valid is the caller's to push.
+static struct space *space_named(struct edm_engine *g, const struct source_ops *ops) {
     struct space *s = space_alloc(g, ops);
+    s->state = state_space_new(g);
+    if (!s->state)
+        abort();  // 65536 programs at once: as out of memory
+    s->region = s->state->region = (uint64_t)g->instance << 32 | ++g->state->next_region;
+    return s;
+}
+
+struct space *space_again(struct edm_engine *g, const struct source_ops *ops, struct state_space *state) {
+    struct space *s = space_alloc(g, ops);
+    s->state = state;
+    s->region = state->region;
+    s->anchor = state->anchor;
+    s->forked = state->forked;
+    s->asks = true;
+    s->pid = state->pid;
+    s->uffd = state->uffd[g->turn];
+    s->ctl_fd = state->ctl[g->turn];
+    return s;
+}
+
+struct space *space_new(struct edm_engine *g, const struct source_ops *ops) {
+    struct space *s = space_named(g, ops);
     outbox_push(g, EDM_OUT_CREATE, s);
+    state_commit(g);
     return s;
 }
 
@@ -162,14 +185,15 @@ void space_drop_stored(struct space *s, uint64_t page, uint64_t count) {
     struct outbox_item *o = outbox_item_at(s->engine, id);
     o->a = page;
     o->b = count;
-    if (s->engine->cfg.ask) {  // or a question asked before the drop is carried out finds the old page
+    if (space_asks(s)) {  // or a question asked before the drop is carried out finds the old page
         s->barrier = o->seq;
         s->engine->outbox_urgent = true;
     }
 }
 
-void space_forget(struct space *s, uint64_t a, uint64_t b) {
-    bool stored = false;
+// Whether the DMS may hold any of them.
+static bool pages_forget(struct space *s, uint64_t a, uint64_t b) {
+    bool stored = s->asks;
     struct leaf *l;
     for (uint64_t at = a; (l = lspt_next(&s->lspt, at)) && l->base < b;) {
         uint64_t base = l->base;
@@ -177,9 +201,14 @@ void space_forget(struct space *s, uint64_t a, uint64_t b) {
         for (uint64_t i = from; i < to; i++)
             stored |= entry_forget(s, l, &l->e[i]);
         leaf_settle(s, l);
+        point(POINT_forget_half);
         at = base + LEAF_PAGES;
     }
-    if (stored && !s->dead)
+    return stored;
+}
+
+void space_forget(struct space *s, uint64_t a, uint64_t b) {
+    if (a < b && pages_forget(s, a, b) && !s->dead)
         space_drop_stored(s, a, b - a);
 }
 
@@ -212,10 +241,8 @@ static bool entry_rename(struct space *s, struct leaf *l, struct lspt_entry *e, 
     return stored;
 }
 
-void space_move(struct space *s, uint64_t from, uint64_t to, uint64_t count) {
-    struct edm_engine *g = s->engine;
-    space_forget(s, to, to + count);
-    bool stored = false;
+bool space_rename(struct space *s, uint64_t from, uint64_t to, uint64_t count) {
+    bool stored = s->asks;
     struct leaf *l;
     for (uint64_t at = from; (l = lspt_next(&s->lspt, at)) && l->base < from + count;) {
         uint64_t base = l->base;
@@ -227,7 +254,13 @@ void space_move(struct space *s, uint64_t from, uint64_t to, uint64_t count) {
         leaf_settle(s, l);
         at = base + LEAF_PAGES;
     }
-    if (!stored)
+    return stored;
+}
+
+void space_move(struct space *s, uint64_t from, uint64_t to, uint64_t count) {
+    struct edm_engine *g = s->engine;
+    space_forget(s, to, to + count);
+    if (!space_rename(s, from, to, count))
         return;
     uint32_t id = outbox_push(g, EDM_OUT_MOVE, s);
     struct outbox_item *o = outbox_item_at(g, id);
@@ -280,9 +313,13 @@ static void fork_entry(struct space *child, struct leaf *cl, const struct lspt_e
 // after that was refused with EAGAIN until the event was read.
 struct space *space_fork(struct space *parent) {
     struct edm_engine *g = parent->engine;
-    struct space *child = space_alloc(g, parent->ops);
+    struct space *child = space_named(g, parent->ops);
     child->parent = parent;
     parent->refs++;
+    child->forked = true;
+    child->state->forked = 1;
+    child->asks = parent->asks;
+    child->young = parent->unquiet = true;
     uint32_t id = outbox_push(g, EDM_OUT_CLONE, child);
     struct outbox_item *o = outbox_item_at(g, id);
     o->a = parent->region;
@@ -308,11 +345,16 @@ void space_retire(struct space *s) {
     if (s->dead)
         return;
     s->dead = true;
+    point(POINT_retire_begun);
     if (g->trace)
         trace_forget(g, s);
     space_forget(s, 0, LSPT_MAX_PAGE);
     s->ops->retire(s);
+    point(POINT_retire_closed);
     outbox_push(g, EDM_OUT_DROP_REGION, s);
+    state_commit(g);
+    point(POINT_retire_told);
+    state_space_gone(g, s);
     if (s->parent) {
         space_unref(s->parent);
         s->parent = NULL;

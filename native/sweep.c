@@ -110,7 +110,7 @@ static void join_page(struct space *s, uint64_t page) {
         return;
     uint8_t flags = e->flags;
     entry_arrived(s, l, e, page);
-    e->flags = flags & PF_STORED;
+    e->flags = s->asks ? PF_STORED : flags & PF_STORED;  // adopted: the DMS may have an older version
     s->engine->count.joined++;
 }
 
@@ -188,6 +188,13 @@ static void accept_registered(struct space *s, const struct ranges *fresh) {
     struct mappings again;
     if (!mappings_read(s, &again))
         return;
+    if (s->ops->changing(s)) {
+        // Something of what was seen belongs to an event that is to be read: what is there now may be known by another
+        // address.
+        free(again.v);
+        s->sweep_soon = true;
+        return;
+    }
     for (uint32_t i = 0; i < fresh->n; i++)
         for (uint32_t k = 0; k < again.n; k++) {
             uint64_t a = fresh->v[i].a, b = fresh->v[i].b;
@@ -255,6 +262,8 @@ bool space_sweep(struct space *s) {
     }
     free(now.v);
     if (fresh.n)
+        point(POINT_swept);
+    if (fresh.n)
         accept_registered(s, &fresh);
     removed_settle(s);
     bool changed = fresh.n > 0;
@@ -285,4 +294,5 @@ void space_prune_unmapped(struct space *s) {
             at = now.v[i].b;
     }
     free(now.v);
+    state_commit(s->engine);
 }

@@ -61,19 +61,12 @@ static int read_messages(struct space *s, struct uffd_msg *m, int max) {
     sidecar_lock(s);
     ssize_t n = read(s->uffd, m, (size_t)max * sizeof *m);
     int e = errno;
-    // The sidecar's own drops of staging change nothing in the program: they are left out here.
-    ssize_t kept = 0;
-    for (ssize_t i = 0; n > 0 && i < n / (ssize_t)sizeof *m; i++) {
-        if (m[i].event == UFFD_EVENT_REMOVE && m[i].arg.remove.start >= s->staging &&
-            m[i].arg.remove.end <= s->staging + EDM_STAGING_PAGES * PAGE_SIZE_)
-            continue;
-        s->generation += m[i].event != UFFD_EVENT_PAGEFAULT;
-        m[kept++] = m[i];
-    }
+    for (ssize_t i = 0; n > 0 && i < n / (ssize_t)sizeof *m; i++)
+        s->generation += space_event(s, &m[i]);
     if (s->ctl)
         __atomic_store_n(&s->ctl->generation, s->generation, __ATOMIC_RELEASE);
     sidecar_unlock(s);
-    return n < 0 ? -e : (int)kept;
+    return n < 0 ? -e : (int)(n / (ssize_t)sizeof *m);
 }
 
 // What a call over several pages came to: some may be done before the one that could not be.
@@ -120,28 +113,36 @@ static uint64_t pfn(struct space *s, uint64_t page) {
 }
 
 static int forked(struct space *child, const struct uffd_msg *m) {
-    child->uffd = (int)m->arg.fork.ufd;
-    child->anchor = child->parent->anchor;
+    child->uffd = event_uffd(child->engine, m);
+    child->state->uffd[child->engine->turn] = child->uffd;
+    child->anchor = child->state->anchor = child->parent->anchor;
     int fl = fcntl(child->uffd, F_GETFL);
     if (fl < 0 || fcntl(child->uffd, F_SETFL, fl | O_NONBLOCK) || fcntl(child->uffd, F_SETFD, FD_CLOEXEC))
         return -errno;
-    for (uint32_t i = 0; i < child->parent->known.n; i++)
-        ranges_add(&child->known, child->parent->known.v[i].a, child->parent->known.v[i].b);
+    // Not what the parent knows: mappings that were registered between the fork and this event are not in the child's
+    // uffd, and the kernel would let pages go from there that it then fills with zeros. The first sweep finds out.
     return uffd_watch(child);
 }
 
 // Nothing is ever mapped at the second page: ENOENT while the address space lives, ESRCH when it is gone.
 static bool gone(struct space *s) { return s->uffd >= 0 && zero(s, 1, 1) == -ESRCH; }
 
+static bool changing(struct space *s) { return s->uffd >= 0 && zero(s, 1, 1) == -EAGAIN; }
+
+static bool mapped(struct space *s, uint64_t page) { return uffd_register(s, page, page + 1) == 0; }
+
 static void retire(struct space *s) {
     sidecar_end(s);
-    int fds[] = {s->uffd, s->pidfd, s->pagemap_fd, s->statm_fd};
+    int fds[] = {s->uffd, s->ctl_fd, s->pidfd, s->pagemap_fd, s->statm_fd};
+    // The numbers may be others' in a moment.
+    s->state->uffd[s->engine->turn] = s->state->ctl[s->engine->turn] = -1;
+    STATE_BARRIER();
     if (s->uffd >= 0)
         epoll_ctl(s->engine->epoll, EPOLL_CTL_DEL, s->uffd, NULL);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++)
         if (fds[i] >= 0)
             close(fds[i]);
-    s->uffd = s->pidfd = s->pagemap_fd = s->statm_fd = -1;
+    s->uffd = s->ctl_fd = s->pidfd = s->pagemap_fd = s->statm_fd = -1;
     if (s->ctl)
         munmap(s->ctl, EDM_CTL_BYTES);
     s->ctl = NULL;
@@ -161,4 +162,6 @@ const struct source_ops uffd_ops = {.read = read_messages,
                                     .pfn = pfn,
                                     .forked = forked,
                                     .gone = gone,
+                                    .mapped = mapped,
+                                    .changing = changing,
                                     .retire = retire};

@@ -3,6 +3,7 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define ITEM(g, id) (&(g)->item[(id) - 1])
@@ -21,8 +22,10 @@ int write_slot_get(struct edm_engine *g) {
 void write_slot_put(struct edm_engine *g, uint32_t i) {
     if (--g->slot[i].refs)
         return;
-    g->slot[i].next_free = g->free_slot;
-    g->free_slot = i + 1;
+    if (i < g->nslots) {
+        g->slot[i].next_free = g->free_slot;
+        g->free_slot = i + 1;
+    }
     g->slots_used--;
     pthread_cond_signal(&g->lpet_wake);
 }
@@ -33,22 +36,30 @@ struct outbox_item *outbox_item_at(struct edm_engine *g, uint64_t id) { return I
 
 static void items_grow(struct edm_engine *g) {
     uint32_t n = g->nitems ? g->nitems * 2 : 256;
-    g->item = xrealloc(g->item, n * sizeof *g->item);
-    memset(g->item + g->nitems, 0, (n - g->nitems) * sizeof *g->item);
+    if (n > STATE_ITEMS)
+        abort();  // a memory server that takes nothing, and millions of address-space changes: as out of memory
+    g->state->items = n;
     for (uint32_t i = g->nitems; i < n; i++)
         g->item[i].next = i + 2 <= n ? i + 2 : 0;
     g->free_item = g->nitems + 1;
     g->nitems = n;
 }
 
-// Append an item; returns its id (never 0). Pointers to items are valid until the next push.
+// Append an item; returns its id (never 0). It is valid from the next state_commit on.
 uint32_t outbox_push(struct edm_engine *g, int kind, struct space *s) {
     if (!g->free_item)
         items_grow(g);
     uint32_t id = g->free_item;
     struct outbox_item *o = ITEM(g, id);
     g->free_item = o->next;
-    *o = (struct outbox_item){.space = s, .seq = ++g->seq, .kind = (uint8_t)kind, .state = OB_QUEUED};
+    o->seq = ++g->seq;  // first: whatever is found in it from here on has not been committed
+    STATE_BARRIER();
+    *o = (struct outbox_item){.space = s,
+                              .seq = g->seq,
+                              .region = s->region,
+                              .home = s->state ? (uint32_t)(s->state - g->state_space) : UINT32_MAX,
+                              .kind = (uint8_t)kind,
+                              .state = OB_QUEUED};
     s->refs++;
     if (g->tail)
         ITEM(g, g->tail)->next = id;
@@ -70,7 +81,8 @@ static void item_free(struct edm_engine *g, uint32_t id) {
     o->space = NULL;
     o->next = g->free_item;
     g->free_item = id;
-    space_unref(s);
+    if (s)
+        space_unref(s);
 }
 
 // The page is back in the app, or gone: an item that waits is skipped when its turn comes, one in flight completes.
@@ -112,7 +124,7 @@ static void outbox_fill_evictions(struct edm_engine *g, struct edm_outbox *out) 
         o->state = OB_SENT;
         g->out_item[n] = id;
         g->out_refs[n] = (struct edm_page_ref){
-            .region = o->space->region, .index = o->a, .version = o->version, .checksum = o->checksum, .status = 1};
+            .region = o->region, .index = o->a, .version = o->version, .checksum = o->checksum, .status = 1};
         memcpy(g->out_pages + (uint64_t)n * PAGE_SIZE_, write_slot_data(g, o->slot), PAGE_SIZE_);
         n++;
         outbox_skip(g);
@@ -172,11 +184,12 @@ int edm_outbox_poll(struct edm_engine *g, struct edm_outbox *out, int timeout_us
                 g->out_item[0] = outbox_take(g);
                 g->out_n = 1;
                 o->state = OB_SENT;
-                *out = (struct edm_outbox){.kind = o->kind, .sequence = o->seq, .region = o->space->region};
+                *out = (struct edm_outbox){.kind = o->kind, .sequence = o->seq, .region = o->region};
                 out->a = o->a;
                 out->b = o->b;
                 out->c = o->c;
             }
+            point(POINT_outbox_taken);
             if (evict_here(g, out))
                 continue;
             result = 1;
@@ -237,6 +250,7 @@ static void eviction_done(struct edm_engine *g, struct outbox_item *o) {
 void edm_outbox_done(struct edm_engine *g, const struct edm_outbox *out) {
     uint32_t failed[EDM_OUTBOX_BATCH], nfailed = 0;
     pthread_mutex_lock(&g->mu);
+    point(POINT_outbox_acknowledged);
     for (uint32_t i = 0; i < g->out_n; i++) {
         struct outbox_item *o = ITEM(g, g->out_item[i]);
         if (o->kind == EDM_OUT_EVICT && out->refs[i].status != 0) {
@@ -253,7 +267,9 @@ void edm_outbox_done(struct edm_engine *g, const struct edm_outbox *out) {
         if (!nfailed)
             g->done_seq = o->seq;
         item_free(g, g->out_item[i]);
+        point(POINT_outbox_half);
     }
+    point(POINT_outbox_done);
     g->out_n = 0;
     outbox_return(g, failed, nfailed);
     if (g->head)
@@ -264,4 +280,43 @@ void edm_outbox_done(struct edm_engine *g, const struct edm_outbox *out) {
     if (g->retry.n)
         engine_kick(g);
     pthread_mutex_unlock(&g->mu);
+}
+
+static int by_sequence(const void *a, const void *b, void *items) {
+    const struct outbox_item *item = items;
+    uint64_t x = item[*(const uint32_t *)a - 1].seq, y = item[*(const uint32_t *)b - 1].seq;
+    return x < y ? -1 : x > y;
+}
+
+void outbox_again(struct edm_engine *g) {
+    uint32_t n = 0, *ids = xcalloc(g->state->items + 1, sizeof *ids);
+    g->nitems = g->state->items;
+    g->seq = g->state->committed;
+    for (uint32_t id = g->nitems; id > 0; id--) {
+        struct outbox_item *o = ITEM(g, id);
+        if (o->state != OB_FREE && o->state != OB_CANCELLED_IN_FLIGHT && o->seq <= g->seq) {
+            if (o->state == OB_SENT)
+                o->state = OB_QUEUED;  // it may have arrived: the DMS takes no version and no sequence twice
+            ids[n++] = id;
+            continue;
+        }
+        o->state = OB_FREE;
+        o->next = g->free_item;
+        g->free_item = id;
+    }
+    qsort_r(ids, n, sizeof *ids, by_sequence, g->item);
+    g->done_seq = n ? ITEM(g, ids[0])->seq - 1 : g->seq;
+    for (uint32_t i = 0; i < n; i++) {
+        struct outbox_item *o = ITEM(g, ids[i]);
+        o->space = NULL;
+        o->page = o->a;
+        o->next = i + 1 < n ? ids[i + 1] : 0;
+        if (o->kind == EDM_OUT_EVICT && !g->slot[o->slot].refs++)
+            g->slots_used++;
+    }
+    g->head = n ? ids[0] : 0;
+    g->tail = n ? ids[n - 1] : 0;
+    g->queued = n;
+    g->outbox_urgent = n > 0;
+    free(ids);
 }

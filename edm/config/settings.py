@@ -57,7 +57,18 @@ class Config:
     spin_us: int = _setting(
         50, values.spin_us, "how long a fault thread looks for the next fault before it sleeps", "MICROSECONDS"
     )
-    patience_s: float = _setting(60.0, values.positive, "how long a fault may wait for a lost DMS", "SECONDS")
+    patience_s: float = _setting(
+        60.0, values.positive, "how long a fault waits for a lost DMS before on_loss", "SECONDS"
+    )
+    on_loss: str = _setting(
+        "wait",
+        values.on_loss,
+        "after patience_s without the DMS: wait on; poison: SIGBUS for the page; kill: end the program",
+        "wait|poison|kill",
+    )
+    restarts: int = _setting(
+        5, values.restarts, "how often in a minute a DM-Handler or DMS that died is started again; 0: never", "N"
+    )
     path: Path | None = _setting(
         None, values.path, "directory for the run's files and the page files (default: a temporary one)", "DIR"
     )
@@ -99,6 +110,7 @@ class Config:
             sweep_ms=self.sweep_ms,
             fault_threads=self.fault_threads,
             patience_s=self.patience_s,
+            on_loss=self.on_loss,
             spin_us=self.spin_us,
             ahead_pages=self.prefetch,
             track_writes=self.track_writes,
@@ -149,6 +161,7 @@ class HandlerSettings:
     sweep_ms: float = 5.0
     fault_threads: int = 1
     patience_s: float = 60.0
+    on_loss: str = "wait"
     spin_us: int = 50
     ahead_pages: int = 63
     track_writes: bool = True

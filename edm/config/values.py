@@ -96,6 +96,21 @@ def ahead(raw: Any, _read: Mapping[str, Any]) -> int:
     return _whole(raw, MOST_AHEAD)
 
 
+ON_LOSS: Final = ("wait", "poison", "kill")
+
+
+def on_loss(raw: Any, _read: Mapping[str, Any]) -> str:
+    """What to do about a DMS that is lost for good."""
+    if raw not in ON_LOSS:
+        raise UsageError(f"must be one of {', '.join(ON_LOSS)}, not '{raw}'")
+    return str(raw)
+
+
+def restarts(raw: Any, _read: Mapping[str, Any]) -> int:
+    """How often what died is started again: 0 to 1000."""
+    return _whole(raw, 1000)
+
+
 def spin_us(raw: Any, _read: Mapping[str, Any]) -> int:
     """Microseconds: 0 to 100000."""
     return _whole(raw, MOST_SPIN_US)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from edm.dms.table import NO_SLOTS
 from edm.errors import EdmError, UsageError
+from edm.faultpoints import reached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,6 +52,7 @@ class Control:
         }
         self._others: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
             "hello": self._hello,
+            "resume": self._resume,
             "flush": self._flush,
             "stat": self._stat,
             "bye": self._flush,
@@ -80,6 +82,12 @@ class Control:
         self._server.save()
         return {"instance": instance, "protocol": PROTOCOL}
 
+    def _resume(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        instance = _number(request, "instance")
+        if not 0 < instance <= self._last_instance:
+            raise UsageError(f"this memory server has nothing of instance {instance}: its pages are gone")
+        return {"instance": instance, "protocol": PROTOCOL}
+
     def _flush(self, _request: Mapping[str, Any]) -> dict[str, Any]:
         self._server.flush()
         return {}
@@ -91,12 +99,15 @@ class Control:
         """Apply a change once: a repeat is only made to last, where that failed the first time."""
         sequence = _number(request, "sequence") if "sequence" in request else None
         if sequence is None or sequence > self._sequences.get(instance, 0):
+            reached("change_begun")
             let_go = self._changes[op](instance, request)
+            reached("change_made")
             if sequence is not None:
                 self._sequences[instance] = sequence
                 self._spt.note(instance, sequence)
             self._server.changed(let_go)
         self._server.save()
+        reached("change_committed")
 
     def _create_region(self, instance: int, request: Mapping[str, Any]) -> Slots:
         self._spt.create(_region(instance, request, "region"))

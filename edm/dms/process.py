@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import setproctitle
 
+from edm import faultpoints
 from edm.config import Config
 from edm.dms.guard import GuardedServer
 from edm.dms.reports import LauncherReports, notify_reloading, open_reports
@@ -196,6 +197,7 @@ def run(
 
 def _run(process: DmsProcess, reports: Reports) -> None:
     setproctitle.setproctitle(TITLE)
+    faultpoints.arm(ROLE)
     if isinstance(reports, LauncherReports):
         reports.when_gone(process.launcher_gone)
     process.run(reports)

@@ -20,6 +20,7 @@ from edm._native import ffi, lib
 from edm.dms.control import Control
 from edm.dms.table import NO_SLOTS, PageTable, refs_at, words_at
 from edm.errors import StoreError, StoreFull
+from edm.faultpoints import reached
 from edm.ops import PAGE_STORE, SERVER, address_of, capsule
 from edm.types import MAX_BATCH_PAGES, PAGE_BYTES, EvictStatus, GetStatus, PageId
 
@@ -108,6 +109,7 @@ class MemoryServer:
         slots = self._slots[:count] if count <= MAX_BATCH_PAGES else np.empty(count, np.uint64)
         counters = self.counters
         counters.gets += count
+        reached("pages_asked")
         if lib.edm_refs_foreign(refs_at(refs), count, instance):
             return self._get_checked(instance, refs, into)
         found = self._answer(refs, slots)
@@ -236,6 +238,7 @@ class MemoryServer:
             # Slots that wait for a flush are room.
             self.flush()
             slots = self.pages.put(pages, checksums)
+        reached("pages_put")
         try:
             gone = self.spt.record(refs, slots)
         except BaseException:
@@ -244,10 +247,12 @@ class MemoryServer:
         if len(gone):
             self._let_go.append(gone)
         try:
+            reached("pages_recorded")
             self._save()
         except (StoreError, OSError):
             self._unsaved.update(_key(refs, i) for i in range(len(refs)))
             raise
+        reached("pages_committed")
         self.counters.stored += len(refs)
 
     # ---- making it last
@@ -266,6 +271,7 @@ class MemoryServer:
     def _save(self) -> None:
         self._pending = True
         self.pages.sync()
+        reached("pages_synced")
         self.spt.commit()
         self._saved()
         if getattr(self.spt, "wants_flush", False) or getattr(self.pages, "wants_flush", False):

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import setproctitle
 
+from edm import faultpoints
 from edm._native import lib
 from edm.config import Config
-from edm.errors import EdmError, NativeError, TransportError
+from edm.errors import EdmError, NativeError, PeerLost, TransportError
 from edm.handler.tracing import Recorder
 from edm.handler.workers import Workers
 from edm.registry import Registry
-from edm.types import RunContext
+from edm.types import INHERITANCE_FILE, Inheritance, RunContext
 
 if TYPE_CHECKING:
     from edm.interfaces import FaultSource, PageServer, Transport
@@ -83,6 +84,35 @@ def start_holder(launcher_pid: int) -> int:
     return pid
 
 
+class Holder:
+    """The process that keeps this one's descriptors, watched: without it our own death would be the programs' end."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._source: Any = None
+        self.pid = start_holder(launcher.pid)
+
+    def serve(self, source: FaultSource) -> dict[str, int]:
+        """Have it keep what `source` is to go on from; what the launcher must know of that."""
+        self._source = source if hasattr(source, "held_by") else None
+        return self._facts()
+
+    def watch(self) -> None:
+        """Start another where it has ended, and say so."""
+        if self.pid and os.waitpid(self.pid, os.WNOHANG)[0]:
+            self.pid = start_holder(self._launcher.pid)
+            self._launcher.say("holder", **self._facts())
+
+    def end(self) -> None:
+        """End it, once no program needs it."""
+        pid, self.pid = self.pid, 0
+        end_holder(pid)
+
+    def _facts(self) -> dict[str, int]:
+        segment = self._source.held_by(self.pid) if self._source is not None else -1
+        return {"holder": self.pid, "segment": segment}
+
+
 def end_holder(pid: int) -> None:
     """End the holder, once no program needs it."""
     os.kill(pid, signal.SIGKILL)
@@ -92,37 +122,60 @@ def end_holder(pid: int) -> None:
 class DmHandler:
     """One DM-Handler: opened in order, closed in reverse."""
 
-    def __init__(self, config: Config, run_dir: Path, launcher: Launcher) -> None:
+    def __init__(self, config: Config, run_dir: Path, launcher: Launcher, inheritance: Inheritance | None) -> None:
         self._config = config
         self._launcher = launcher
         self._failure: queue.Queue[BaseException] = queue.Queue()
         registry = Registry()
         context = RunContext(
-            run_dir=run_dir, store_dir=Path(config.path or run_dir) / "store", role="dm-handler", deadline_s=10.0
+            run_dir=run_dir,
+            store_dir=Path(config.path or run_dir) / "store",
+            role="dm-handler",
+            deadline_s=10.0,
+            inheritance=inheritance,
         )
         self._server: PageServer | None = None
+        settings = config.handler_settings()
+        # Programs that wait come first: their descriptors are ours before anything else is tried, and the stores are
+        # free when the former holder, which keeps their locks too, is gone.
+        self.source: FaultSource = self._open_source(registry, context)
+        self.holder = Holder(launcher)
+        launcher.say("holder", **self.holder.serve(self.source))
+        if inheritance is not None:
+            self.source.release()  # type: ignore[attr-defined]
         self._transport = self._open_transport(registry, context)
         self._control = self._transport.connect()
-        answer = self._control.control(
-            {"op": "hello", "client": f"{socket.gethostname()}:{os.getpid()}", "protocol": 1}
-        )
-        if not answer.get("ok"):
-            raise EdmError(f"the memory server refused this DM-Handler: {answer.get('error')}")
-        settings = config.handler_settings()
-        spec = registry.fault_source(config.fault_source)
-        self.source: FaultSource = spec.open(config.plugin_options("fault_source", spec.name, spec), settings, context)
+        self.instances = self._greet(inheritance)
         self._tracing = Recorder(self.source, config.trace) if config.trace is not None else None
-        self.source.start(int(answer["instance"]))
+        self.source.start(self.instances[0])
         self._workers = Workers(
             self.source,
             self._transport,
             fault_threads=settings.fault_threads,
             patience_s=settings.patience_s,
+            on_loss=settings.on_loss,
             cpus=settings.cpus,
             failed=self._failed,
             warn=lambda text: launcher.say("warning", message=text),
         )
         self._workers.start()
+
+    def _open_source(self, registry: Registry, context: RunContext) -> FaultSource:
+        spec = registry.fault_source(self._config.fault_source)
+        options = self._config.plugin_options("fault_source", spec.name, spec)
+        return spec.open(options, self._config.handler_settings(), context)
+
+    def _greet(self, inheritance: Inheritance | None) -> tuple[int, ...]:
+        """Say hello, or go on as who died; returns this DM-Handler's numbers, one from each memory server."""
+        if inheritance is None:
+            client = f"{socket.gethostname()}:{os.getpid()}"
+            request: dict[str, Any] = {"op": "hello", "client": client, "protocol": 1}
+        else:
+            request = {"op": "resume", "instances": list(inheritance.instances)}
+        answer = self._control.control(request)
+        if not answer.get("ok"):
+            raise EdmError(f"the memory server refused this DM-Handler: {answer.get('error')}")
+        return inheritance.instances if inheritance else tuple(answer.get("instances") or [int(answer["instance"])])
 
     def _open_transport(self, registry: Registry, context: RunContext) -> Transport:
         spec = registry.transport(self._config.transport)
@@ -147,6 +200,7 @@ class DmHandler:
                 command = "report"
             if not self._failure.empty():
                 raise self._failure.get()
+            self.holder.watch()
             if command == "finish":
                 return
             if command == "pids":
@@ -193,24 +247,33 @@ def run(run_dir: Path) -> int:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)  # a terminal's keys are for the program
     launcher = Launcher(run_dir / "control.sock")
-    holder = start_holder(launcher.pid)
     try:
         launcher.listen()
-        handler = DmHandler(Config.read(run_dir / "config.json"), run_dir, launcher)
-        launcher.say("ready", holder=holder, environment=handler.source.prepare({}))
+        faultpoints.arm("dm-handler")
+        handler = DmHandler(Config.read(run_dir / "config.json"), run_dir, launcher, inherited(run_dir))
+        launcher.say("ready", instances=handler.instances, environment=handler.source.prepare({}))
         handler.serve()
         launcher.say("finished", counters=handler.close(), error="")
         if launcher.gone:
             remove_run(run_dir)  # nobody else will
+        handler.holder.end()
     except EdmError as error:
-        launcher.say("error", message=str(error), holder=holder)
-        return _leave(holder, launcher)
+        launcher.say("error", message=str(error), lost=isinstance(error, PeerLost))
+        return _leave(launcher)
     except Exception as error:
         log.exception("the DM-Handler failed")
-        launcher.say("error", message=f"internal error: {type(error).__name__}: {error}", holder=holder)
-        return _leave(holder, launcher)
-    end_holder(holder)
+        launcher.say("error", message=f"internal error: {type(error).__name__}: {error}")
+        return _leave(launcher)
     return 0
+
+
+def inherited(run_dir: Path) -> Inheritance | None:
+    """What the launcher says a DM-Handler has left that died; None at the start of a run."""
+    try:
+        left = json.loads((run_dir / INHERITANCE_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return Inheritance(int(left["holder"]), int(left["segment"]), tuple(map(int, left["instances"])))
 
 
 def remove_run(run_dir: Path) -> None:
@@ -221,14 +284,13 @@ def remove_run(run_dir: Path) -> None:
     shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _leave(holder: int, launcher: Launcher) -> int:
+def _leave(launcher: Launcher) -> int:
     """After an error: the launcher ends the programs and the holder. Without a launcher the holder does so itself."""
     if launcher.gone:
         return 1
     end = time.monotonic() + DRAIN_S
     while time.monotonic() < end and not launcher.gone:
         time.sleep(0.01)
-    del holder
     return 1
 
 

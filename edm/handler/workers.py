@@ -1,8 +1,9 @@
 """The DM-Handler's threads between the fault source and the DMS.
 
 Place on the path: a fault worker pulls faults [3-5], fetches over its channel [5-11] and resolves [12-15]; the
-write-back thread carries evictions and structural requests, in order. Both wait out a DMS that does not answer, up to
-the run's patience; after that the run ends, and the programs with it, rather than go on with pages missing.
+write-back thread carries evictions and structural requests, in order. Both wait out a DMS that does not answer. Past
+the run's patience they do as `on_loss` says: wait on, end the run and the programs with it, or (a fault worker) give up
+the pages asked for, which the program then gets a SIGBUS for. It never goes on with other bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from edm.errors import EdmError, PeerLost, TransportError, TransportTimeout
 from edm.interfaces import TakesTables
 from edm.ops import CHANNEL, address_of
+from edm.types import GetStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,8 +39,8 @@ CHANNEL_BYTES: Final = 32
 class Workers:
     """All threads of one DM-Handler.
 
-    failed: called once, from the thread that failed, with the error that ends the run. warn: called now and then with
-    one line about what is being waited for.
+    on_loss: "wait", "poison" or "kill". failed: called once, from the thread that failed, with the error that ends the
+    run. warn: called now and then with one line about what is being waited for.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Workers:
         *,
         fault_threads: int,
         patience_s: float,
+        on_loss: str = "wait",
         cpus: Sequence[int] = (),
         failed: Callable[[BaseException], None],
         warn: Callable[[str], None],
@@ -55,6 +58,7 @@ class Workers:
         self._source = source
         self._transport = transport
         self._patience_s = patience_s
+        self._on_loss = on_loss
         self._cpus = cpus
         self._failed = failed
         self._warn = warn
@@ -104,7 +108,12 @@ class Workers:
             try:
                 fetch(refs, pages)
             except TransportError as error:
-                self._again(error, partial(fetch, refs, pages))
+                try:
+                    self._again(error, partial(fetch, refs, pages), gives_up=True)
+                except TransportError:
+                    if self._on_loss != "poison":
+                        raise
+                    refs["status"] = GetStatus.LOST
             resolve(worker, count)
         channel.close()
 
@@ -154,12 +163,19 @@ class Workers:
             time.sleep(min(0.01 * 2**refused, 1.0))
         return min(refused + 1, 7)
 
-    def _again(self, first: TransportError, call: Callable[[], T]) -> T:
-        """Repeat a call the DMS did not answer, until it does, patience ends, or it is known not to come back."""
-        error, end = first, time.monotonic() + self._patience_s
+    def _again(self, first: TransportError, call: Callable[[], T], *, gives_up: bool = False) -> T:
+        """Repeat a call the DMS did not answer, until it does; raises past the patience, where on_loss says so, and at
+        once where it is known not to come back.
+
+        gives_up: the call may be given up without ending the run.
+        """
+        error, began = first, time.monotonic()
+        ends = self._on_loss == "kill" or (self._on_loss == "poison" and gives_up)
         attempt = 0
-        while time.monotonic() < end and not isinstance(error, PeerLost):
-            self._say(f"the memory server does not answer ({error}); waiting up to {self._patience_s:g} s")
+        while not self._stopping.is_set() and not isinstance(error, PeerLost):
+            if ends and time.monotonic() - began >= self._patience_s:
+                break
+            self._say(f"the memory server does not answer ({error}); {self._what_next(began, ends=ends)}")
             if not isinstance(error, TransportTimeout):
                 time.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
             attempt += 1
@@ -168,6 +184,13 @@ class Workers:
             except TransportError as again:
                 error = again
         raise error
+
+    def _what_next(self, began: float, *, ends: bool) -> str:
+        waited_s = time.monotonic() - began
+        if ends:
+            what = "the program is ended" if self._on_loss == "kill" else "its pages are given up"
+            return f"after {self._patience_s:g} s {what}"
+        return "waiting" if waited_s < 1 else f"waiting since {waited_s:.0f} s"
 
     def _say(self, text: str) -> None:
         now = time.monotonic()

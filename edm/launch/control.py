@@ -64,15 +64,16 @@ class Control:
             threading.Thread(target=self._read, args=(peer,), name="edm-control-peer", daemon=True).start()
 
     def _read(self, peer: socket.socket) -> None:
-        role = "unknown"
+        role, pid = "unknown", 0
         try:
             with peer.makefile("r") as lines:
                 for line in lines:
                     details = json.loads(line)
-                    role = str(details.pop("role"))
+                    role, pid = str(details.pop("role")), int(details.get("pid", 0))
                     self._peers[role] = peer
                     self.events.put(Event(role, str(details.pop("event")), details))
         except (OSError, ValueError, KeyError) as error:
             self.events.put(Event(role, "error", {"message": f"its messages cannot be read: {error}"}))
-        self._peers.pop(role, None)
-        self.events.put(Event(role, "gone", {}))
+        if self._peers.get(role) is peer:
+            self._peers.pop(role)
+        self.events.put(Event(role, "gone", {"pid": pid}))

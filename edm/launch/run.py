@@ -12,6 +12,7 @@ import attrs
 from edm.errors import EdmError, UsageError
 from edm.launch import checks
 from edm.launch.program import die_like
+from edm.launch.revival import roles_of
 from edm.launch.rundir import RunDir, make_run_dir
 from edm.launch.session import Outcome, RunFailed, Session
 from edm.launch.summary import Progress, as_document, print_summary, write_report
@@ -102,10 +103,7 @@ def _roles(plan: LaunchPlan | None) -> list[str]:
     """Whose readiness the launcher waits for: the processes it starts itself."""
     if plan is None:
         return ["dm-handler"]
-    named = " ".join(" ".join(command) for command in plan.commands)
-    return [
-        role for role, module in (("dms", "edm.dms.process"), ("dm-handler", "edm.handler.process")) if module in named
-    ]
+    return [role for command in plan.commands for role in roles_of(command)]
 
 
 def _run_session(

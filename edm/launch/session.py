@@ -18,6 +18,7 @@ import attrs
 from edm.errors import EdmError
 from edm.launch.control import Control, Event
 from edm.launch.program import KEPT, Ending, Program, block_signals
+from edm.launch.revival import Revival, roles_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 READY_S: Final = 60.0
 TICK_S: Final = 0.1
 END_S: Final = 20.0
+TITLES: Final = {"dm-handler": "DM-Handler", "dms": "memory server"}
 PR_SET_CHILD_SUBREAPER: Final = 36
 LISTS: Final = ("LD_PRELOAD", "GLIBC_TUNABLES")
 """Variables that are colon-separated lists: ours goes first, the user's stays."""
@@ -59,11 +61,13 @@ class Session:
         self._waiting_for = set(roles)
         # Before any thread: one that does not block SIGCHLD would swallow it.
         self._mask = block_signals()
+        self._ready_once = False
         self._control = Control(run_dir.sockets / "control.sock")
+        self._plan: LaunchPlan | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._revival = Revival(run_dir, config.restarts)
         self._additions: Mapping[str, str] = {}
-        self._holder = 0
-        self._alive: dict[str, int] = {}
+        self._alive: dict[str, tuple[int, int]] = {}
         self._finished = self._finishing = False
         self._failure: str | None = None
         self.counters: dict[str, int] = {}
@@ -73,20 +77,25 @@ class Session:
 
     def start(self, plan: LaunchPlan) -> None:
         """Start the plan's processes and wait until each has reported ready; raises `RunFailed`."""
-        with self._run_dir.log("edm").open("ab") as log:
-            for command in plan.commands:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, **plan.environment},
-                    start_new_session=True,  # a terminal's keys are for the program
-                    preexec_fn=_unblock_signals,  # noqa: PLW1509 (one async-signal-safe call)
-                )
-                self._processes.append(process)
-                KEPT.add(process.pid)
+        self._plan = plan
+        for command in plan.commands:
+            self._processes.append(self._start(command))
         self.wait_ready()
+
+    def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        assert self._plan is not None
+        with self._run_dir.log("edm").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self._plan.environment},
+                start_new_session=True,  # a terminal's keys are for the program
+                preexec_fn=_unblock_signals,  # noqa: PLW1509 (one async-signal-safe call)
+            )
+        KEPT.add(process.pid)
+        return process
 
     def wait_ready(self) -> None:
         """Wait until every role has reported ready."""
@@ -104,6 +113,7 @@ class Session:
             if time.monotonic() > end:
                 missing = " and ".join(sorted(self._waiting_for))
                 raise RunFailed(f"no sign of the {missing} after {READY_S:.0f} s: {self._log_tail()}")
+        self._ready_once = True
 
     def run(self, path: str, command: Sequence[str], tick: Callable[[Session], None]) -> Outcome:
         """Run the program to its end. `tick` is called ten times a second."""
@@ -119,6 +129,7 @@ class Session:
                 program.wait(END_S)
                 raise RunFailed(self._failure)
             tick(self)
+        self._wait_revived()
         seconds = time.monotonic() - program.started
         self._wait_for_descendants(ending)
         self.finish()
@@ -132,11 +143,11 @@ class Session:
         return environment
 
     def _take_events(self, timeout_s: float) -> None:
-        for role, pidfd in list(self._alive.items()):
+        for role, (pid, pidfd) in list(self._alive.items()):
             # Not by its socket's end: the holder has a copy of it.
             if select.select([pidfd], [], [], 0)[0]:
-                os.close(self._alive.pop(role))
-                self._take(Event(role, "gone", {}))
+                self._take(Event(role, "gone", {"pid": pid}))
+        self._revive()
         try:
             self._take(self._control.events.get(timeout=timeout_s) if timeout_s else self._control.events.get_nowait())
             while True:
@@ -146,32 +157,85 @@ class Session:
 
     def _take(self, event: Event) -> None:
         details = event.details
-        if event.event == "ready":
-            self._waiting_for.discard(event.role)
-            self._watch(event.role, int(details["pid"]))
-            self._additions = details.get("environment", self._additions)
-            self._holder = details.get("holder", self._holder)
-        elif event.event in {"counters", "finished"}:
-            self.counters = details["counters"]
-            self._finished |= event.event == "finished"
-            if details.get("error"):
-                self._warn(f"internal: {details['error']}")
-        elif event.event == "warning":
-            self._warn(details["message"])
-        elif event.event == "pids":
-            self._pids = details["pids"]
-        elif event.event == "error":
-            self._holder = details.get("holder", self._holder)
-            self._failure = self._failure or str(details["message"])
-        elif event.event == "gone" and not self._finished and event.role in self._needed():
-            title = {"dm-handler": "DM-Handler", "dms": "memory server"}[event.role]
-            self._failure = self._failure or f"the {title} has died: {self._log_tail()}"
+        match event.event:
+            case "ready":
+                self._ready(event.role, details)
+            case "holder":
+                self._revival.held(int(details["holder"]), int(details["segment"]))
+            case "counters" | "finished":
+                self.counters = details["counters"]
+                self._finished |= event.event == "finished"
+                if details.get("error"):
+                    self._warn(f"internal: {details['error']}")
+            case "warning":
+                self._warn(details["message"])
+            case "pids":
+                self._pids = details["pids"]
+            case "error" if details.get("lost") and self._plan is not None and "dms" in self._alive:
+                self._gone("dms", self._alive["dms"][0])  # another comes, and another DM-Handler with it
+            case "error":
+                self._failure = self._failure or str(details["message"])
+            case "gone":
+                self._gone(event.role, int(details["pid"]))
+
+    def _ready(self, role: str, details: Mapping[str, Any]) -> None:
+        self._waiting_for.discard(role)
+        self._watch(role, int(details["pid"]))
+        self._additions = details.get("environment", self._additions)
+        self._revival.instances = details.get("instances", self._revival.instances)
+        if not self._waiting_for and self._revival.done():
+            self._warn_each(f"the {TITLES[role]} is there again; the program goes on")
+
+    def _gone(self, role: str, pid: int) -> None:
+        if role in self._alive:
+            if self._alive[role][0] != pid:
+                return  # the last that is heard of one that died before
+            os.close(self._alive.pop(role)[1])
+        elif role not in self._waiting_for or self._revival.under_way:
+            return
+        if self._finished or role not in self._needed():
+            return
+        why = f"the {TITLES[role]} has died"
+        if self._plan is None:
+            self._failure = self._failure or f"{why}: {self._log_tail()}"
+            return
+        together = {
+            other for command in self._plan.commands if role in roles_of(command) for other in roles_of(command)
+        }
+        if not self._ready_once or not self._revival.begin(with_handler="dm-handler" in together):
+            self._failure = self._failure or f"{why}: {self._revival.why_not or self._log_tail()}"
+            return
+        self._waiting_for.add(role)
+        self._warn_each(f"{why}; starting another, the program waits meanwhile")
+
+    def _revive(self) -> None:
+        """Start again what died, once the rest of what was started with it has ended too."""
+        if not self._revival.under_way or self._failure or self._plan is None:
+            return
+        for number, command in enumerate(self._plan.commands):
+            process, roles = self._processes[number], set(roles_of(command))
+            if not roles & self._waiting_for:
+                continue
+            if process.poll() is None:
+                # Started and not ready yet; or an MPI job of which a rank has died, and which ends in a moment.
+                if self._revival.started.get(number) is not process and self._revival.overdue():
+                    _send_group(process.pid, signal.SIGKILL)
+                if self._revival.late():
+                    self._failure = f"no sign of the {' and '.join(sorted(self._waiting_for))} after {READY_S:.0f} s"
+                continue
+            if self._revival.started.get(number) is process and not self._revival.again():
+                self._failure = f"what died could not be started again: {self._log_tail()}"
+                return
+            for role in roles & set(self._alive):
+                os.close(self._alive.pop(role)[1])
+            self._waiting_for |= roles
+            self._processes[number] = self._revival.started[number] = self._start(command)
 
     def _watch(self, role: str, pid: int) -> None:
         try:
-            self._alive[role] = os.pidfd_open(pid)
+            self._alive[role] = (pid, os.pidfd_open(pid))
         except ProcessLookupError:
-            self._take(Event(role, "gone", {}))
+            self._take(Event(role, "gone", {"pid": pid}))
 
     def _needed(self) -> set[str]:
         """Whose end is a failure: at the end of a run the DMS leaves first."""
@@ -179,8 +243,11 @@ class Session:
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
-            self.warnings.append(text)
-            print(f"edm: warning: {text}", file=sys.stderr, flush=True)
+            self._warn_each(text)
+
+    def _warn_each(self, text: str) -> None:
+        self.warnings.append(text)
+        print(f"edm: warning: {text}", file=sys.stderr, flush=True)
 
     def _wait_for_descendants(self, ending: Ending) -> None:
         """Processes the program left behind have their pages here: we stay as long as they do."""
@@ -210,6 +277,7 @@ class Session:
 
     def _captured(self) -> list[int]:
         self._pids = None
+        self._wait_revived()
         end = time.monotonic() + END_S
         if not self._control.send("dm-handler", "pids"):
             return []
@@ -219,6 +287,7 @@ class Session:
 
     def finish(self) -> None:
         """Ask the DM-Handler to finish and wait for every process; raises `RunFailed`."""
+        self._wait_revived()
         self._finishing = True
         self._control.send("dm-handler", "finish")
         end = time.monotonic() + 2 * END_S
@@ -233,6 +302,10 @@ class Session:
             except subprocess.TimeoutExpired:
                 self._warn(f"process {process.pid} did not end by itself; ended")
                 break
+
+    def _wait_revived(self) -> None:
+        while self._revival.under_way and not self._failure:
+            self._take_events(TICK_S)
 
     def end_programs(self, pids: Sequence[int]) -> None:
         """Kill every captured process: without their pages they must not go on."""
@@ -256,11 +329,11 @@ class Session:
         if not self._finished:
             self.end_programs([])
         self._control.close()
-        for pidfd in self._alive.values():
+        for _, pidfd in self._alive.values():
             os.close(pidfd)
         self._alive.clear()
-        if self._holder and not self._finished:
-            _send(self._holder, signal.SIGKILL)
+        if not self._finished:
+            self._revival.end_holder()
         for process in self._processes:
             try:
                 process.wait(5.0 if self._finished else 0.5)

@@ -184,6 +184,36 @@ static void side_batch(struct edm_ctl *c) {
     }
 }
 
+// Dead, whether or not somebody has waited for it. Source: proc_pid_stat(5), field 3.
+static bool gone(int32_t pid) {
+    char path[32] = "/proc/", text[512], digits[12];
+    int n = 0, at = 6;
+    if (pid <= 0)
+        return false;
+    for (int32_t rest = pid; rest; rest /= 10)
+        digits[n++] = (char)('0' + rest % 10);
+    while (n)
+        path[at++] = digits[--n];
+    memcpy(path + at, "/stat", 6);
+    long fd = CALL6(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0, 0, 0);
+    if (fd < 0)
+        return fd == -ENOENT || fd == -ESRCH;
+    long got = CALL(SYS_read, fd, text, sizeof text);
+    CALL(SYS_close, fd, 0, 0);
+    while (got > 0 && text[got - 1] != ')')
+        got--;
+    return got > 0 && got + 1 < (long)sizeof text && (text[got + 1] == 'Z' || text[got + 1] == 'X');
+}
+
+// Without anything to do for a second. Our copy of the uffd keeps the program's faults waiting when nobody else has one
+// any more; if nobody is left who could start a DM-Handler that takes over, it must end.
+static void side_look(struct edm_ctl *c) {
+    if (c->holder_pid > 0 && gone(c->handler_pid) && gone(c->holder_pid))
+        CALL(SYS_kill, c->app_pid, SIGKILL, 0);
+    if (CALL(SYS_kill, c->app_pid, 0, 0) == -ESRCH)
+        CALL(SYS_exit_group, 0, 0, 0);
+}
+
 static int sidecar(void *arg) {
     struct edm_ctl *c = arg;
     CALL6(SYS_prctl, PR_SET_NAME, "edm: sidecar", 0, 0, 0, 0);
@@ -197,8 +227,8 @@ static int sidecar(void *arg) {
         while ((req = __atomic_load_n(&c->req, __ATOMIC_ACQUIRE)) == last) {
             struct timespec second = {1, 0};
             long r = CALL6(SYS_futex, &c->req, FUTEX_WAIT, last, &second, 0, 0);
-            if (r == -ETIMEDOUT && CALL(SYS_kill, c->app_pid, 0, 0) == -ESRCH)
-                CALL(SYS_exit_group, 0, 0, 0);
+            if (r == -ETIMEDOUT)
+                side_look(c);
         }
         last = req;
         if (c->op == EDM_OP_EXIT)
@@ -344,13 +374,21 @@ static void drop_ctl(struct edm_ctl *c) {
     CALL(SYS_munmap, c, EDM_CTL_BYTES, 0);
 }
 
-// Returns 1 when the handler asks for a forked child to come as a new process, 0 when done, -1 when it cannot be.
-static int hand_over(enum edm_hello_kind kind, uint64_t anchor) {
+#define COME_AGAIN 2
+#define TRIES 5
+
+// Returns 1 when the handler asks for a forked child to come as a new process, 0 when done, -1 when it cannot be, 2
+// when it hung up on the way: another may listen there soon.
+static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     int s = connect_handler(), dev = -1, memfd = -1, uffd = -1, result = -1;
     struct edm_reply r;
     struct edm_ctl *c = NULL;
-    if (s < 0 || !receive_reply(s, &r, &dev))
+    if (s < 0)
         goto out;
+    result = COME_AGAIN;
+    if (!receive_reply(s, &r, &dev))
+        goto out;
+    result = -1;
     c = make_ctl(&memfd, anchor);
     if (kind == EDM_HELLO_NEW)
         uffd = open_uffd(dev);
@@ -360,8 +398,10 @@ static int hand_over(enum edm_hello_kind kind, uint64_t anchor) {
         *(volatile char *)c->anchor;  // missing here: the fault tells whose uffd this is
     struct edm_hello hello = {.magic = EDM_CTL_MAGIC, .kind = kind};
     int fds[2] = {memfd, uffd}, got = -1;
+    result = COME_AGAIN;
     if (send_message(s, &hello, sizeof hello, fds, kind == EDM_HELLO_NEW ? 2 : 1) < 0 || !receive_reply(s, &r, &got))
         goto out;
+    result = -1;
     if (kind == EDM_HELLO_FORK)
         uffd = high_fd(got);
     if (r.status == EDM_AGAIN_AS_NEW)
@@ -371,7 +411,8 @@ static int hand_over(enum edm_hello_kind kind, uint64_t anchor) {
     c->uffd = uffd;
     if (!sidecar_start(c))
         goto out;
-    if (send_message(s, &hello, sizeof hello, NULL, 0) < 0 || !receive_reply(s, &r, &got) || r.status)
+    // From here on the DM-Handler may evict: without its last word, another one goes on with what it knew of us.
+    if (send_message(s, &hello, sizeof hello, NULL, 0) > 0 && receive_reply(s, &r, &got) && r.status)
         goto out;
     anchor_page = c->anchor;
     captured = true;
@@ -383,6 +424,13 @@ out:
     close_fd(memfd);
     close_fd(uffd);
     close_fd(s);
+    return result;
+}
+
+static int hand_over(enum edm_hello_kind kind, uint64_t anchor) {
+    int result = COME_AGAIN;
+    for (int i = 0; i < TRIES && result == COME_AGAIN; i++)
+        result = hand_over_once(kind, anchor);
     return result;
 }
 

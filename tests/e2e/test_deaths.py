@@ -11,6 +11,7 @@ import pytest
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
 TRANSPORTS = [pytest.param("mpi", marks=pytest.mark.mpi), "inproc"]
+ALL_TRANSPORTS = [*TRANSPORTS, "zmq"]
 
 
 def descendants(root):
@@ -57,35 +58,85 @@ def running(edm, program):
     return start
 
 
+def running_still(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def expected(command):
     return subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=60).stdout
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_death_of_the_dm_handler_ends_the_program(edm, running, transport):
-    process, command = running(transport, rounds=60)
-    handler, program, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
+@pytest.mark.parametrize("victim", ["edm: dm-handler", "edm: dms"])
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
+def test_after_a_death_the_program_goes_on(edm, running, transport, victim):
+    if transport == "inproc" and victim == "edm: dms":
+        pytest.skip("inproc has no memory server of its own")
+    process, command = running(transport, megabytes=8, rounds=3 if transport == "zmq" else 8)
+    first, _ = wait_for(process.pid, victim, "edm: sidecar")
+    time.sleep(0.3)
+    os.kill(first, signal.SIGKILL)
+    out, err = process.communicate(timeout=80)
+    assert process.returncode == 0, err
+    assert out == expected(command)
+    assert b" has died; starting another" in err
+    assert b"is there again; the program goes on" in err
+    assert edm.left_behind() == ({}, [])
+
+
+def test_one_death_after_another(edm, running):
+    process, command = running("inproc", megabytes=8, rounds=25)
+    wait_for(process.pid, "edm: sidecar")
+    last = 0
+    for _ in range(3):
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            (handler,) = wait_for(process.pid, "edm: dm-handler")
+            if handler != last:
+                break
+            time.sleep(0.02)
+        time.sleep(0.2)
+        os.kill(handler, signal.SIGKILL)
+        last = handler
+    out, err = process.communicate(timeout=80)
+    assert (process.returncode, out) == (0, expected(command)), err
+    assert err.count(b"is there again") == 3
+
+
+@pytest.mark.parametrize("options", [("--restarts", 0), ("--store", "memory")])
+def test_without_another_or_without_the_pages_the_program_ends(edm, program, options):
+    command = (program("working_set"), 16, 60)
+    process = edm.start("run", "--transport", "inproc", "--local-memory", "4M", *options, "--", *command)
+    handler, pid, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
     time.sleep(0.3)
     os.kill(handler, signal.SIGKILL)
     out, err = process.communicate(timeout=40)
     assert process.returncode == 70
-    assert b" has died" in err  # MPI ends the other rank with it: either may be noticed first
+    assert (b"its pages are gone" if "memory" in options else b"the DM-Handler has died") in err
     assert expected(command).startswith(out)
-    assert not Path(f"/proc/{program}").exists()
+    assert not Path(f"/proc/{pid}").exists()
     assert edm.left_behind() == ({}, [])
 
 
-@pytest.mark.mpi
-def test_death_of_the_memory_server_ends_the_program(edm, running):
-    process, command = running("mpi", rounds=60)
-    dms, _ = wait_for(process.pid, "edm: dms", "edm: sidecar")
+def test_with_handler_and_holder_dead_the_sidecar_ends_the_program(edm, running):
+    process, command = running("inproc", rounds=60)
+    handler, holder, program, _ = wait_for(process.pid, "edm: dm-handler", "edm: holder", "working_set", "edm: sidecar")
     time.sleep(0.3)
-    os.kill(dms, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGSTOP)  # it must not be there to end the program itself
+    os.kill(handler, signal.SIGSTOP)  # … nor to start another holder
+    os.kill(holder, signal.SIGKILL)
+    os.kill(handler, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while running_still(program) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not running_still(program)
+    os.kill(process.pid, signal.SIGCONT)
     out, err = process.communicate(timeout=40)
-    assert process.returncode == 70
-    assert b"died" in err
     assert expected(command).startswith(out)
-    assert edm.left_behind() == ({}, [])
+    assert process.returncode != 0, err
 
 
 def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
@@ -99,10 +150,16 @@ def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
     assert edm.left_behind() == ({}, [])
 
 
-def test_death_of_the_holder_changes_nothing_while_the_dm_handler_lives(edm, running):
-    process, command = running("inproc", rounds=20)
+def test_another_holder_takes_the_place_of_one_that_died(edm, running):
+    process, command = running("inproc", megabytes=8, rounds=20)
     holder, _ = wait_for(process.pid, "edm: holder", "edm: sidecar")
     os.kill(holder, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and wait_for(process.pid, "edm: dm-handler"):
+        if holder not in (now := wait_for(process.pid, "edm: holder")):
+            break
+        time.sleep(0.02)
+    assert now != [holder]
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")
     assert out == expected(command)

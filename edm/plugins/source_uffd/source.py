@@ -39,7 +39,7 @@ class UffdSource(Engine):
     """The fault engine over userfaultfd."""
 
     def __init__(self, settings: HandlerSettings, context: RunContext) -> None:
-        super().__init__(settings)
+        super().__init__(settings, context.inheritance)
         self._socket = context.run_dir / SOCKET_NAME
 
     def prepare(self, environment: dict[str, str]) -> dict[str, str]:

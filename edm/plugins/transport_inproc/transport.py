@@ -102,11 +102,14 @@ class InprocChannel:
 
     def control(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have the server carry out a control request; the answer to `hello` names this transport's instance."""
+        if request.get("op") == "resume":
+            request = {"op": "resume", "instance": int(request["instances"][0])}
         server = self._enter()
         try:
             answer = server.control(self._transport.instance, request)
-            if request.get("op") == "hello" and answer.get("ok"):
+            if request.get("op") in {"hello", "resume"} and answer.get("ok"):
                 self._transport.instance = int(answer["instance"])
+                answer = {**answer, "instances": [self._transport.instance]}
             return answer
         finally:
             self._transport.leave()

@@ -72,7 +72,8 @@ class ZmqServing:
     def __init__(self, options: ZmqOptions, context: RunContext) -> None:
         self._options = options
         self._private = not options.listen
-        self._seen: dict[Client, float] = {}
+        self._seen: dict[Client, tuple[float, float]] = {}
+        """When each client came, and when it was heard last."""
         self._closed = False
         self._answerer: Answerer | None = None
         self._gate = KeyGate(context.store_dir / OWNERS_FILE) if options.key else None
@@ -123,7 +124,7 @@ class ZmqServing:
     def peers(self) -> int:
         """How many clients there are, of those that were heard lately."""
         oldest = time.monotonic() - SILENT_S
-        return sum(seen >= oldest for seen in list(self._seen.values()))
+        return sum(heard >= oldest for _, heard in list(self._seen.values()))
 
     def figures(self) -> dict[str, Any]:
         """What was answered so far."""
@@ -186,7 +187,12 @@ class ZmqServing:
         self._socket.send(self._answerer.reply.view[:length])
 
     def _note(self, client: Client, kind: int) -> None:
-        if kind == Kind.BYE:
-            self._seen.pop(client, None)
-        else:
-            self._seen[client] = time.monotonic()
+        now = time.monotonic()
+        came = self._seen[client][0] if client in self._seen else now
+        if kind != Kind.BYE:
+            self._seen[client] = came, now
+            return
+        self._seen.pop(client, None)
+        if self._private:
+            # Whoever was not heard since this one came had died, and this one took its place.
+            self._seen = {other: times for other, times in self._seen.items() if times[1] >= came}

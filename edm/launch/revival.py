@@ -1,0 +1,130 @@
+"""After the death of a DM-Handler or memory server: whether another may be started, and what it is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, Final
+
+from edm.types import INHERITANCE_FILE
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Sequence
+
+    from edm.launch.rundir import RunDir
+
+WINDOW_S: Final = 60.0
+REST_S: Final = 2.0
+"""How long what was started together with the dead may take to end by itself."""
+READY_S: Final = 60.0
+MODULES: Final = {"dms": "edm.dms.process", "dm-handler": "edm.handler.process"}
+
+
+def roles_of(command: Sequence[str]) -> list[str]:
+    """The roles that a command of a launch plan starts."""
+    return [role for role, module in MODULES.items() if module in command]
+
+
+class Revival:
+    """Counts deaths, watches the holder, and writes down what it keeps.
+
+    instances: the DM-Handler's numbers at the memory servers. started: what has been started again, by the number of
+    its command. why_not: why `begin` said no.
+    """
+
+    def __init__(self, run_dir: RunDir, most: int) -> None:
+        self._file = run_dir.sockets / INHERITANCE_FILE
+        self._most = most
+        self._deaths: list[float] = []
+        self._began: float | None = None
+        self._holder = 0
+        self._holder_fd = -1
+        self._segment = -1
+        self.instances: Sequence[int] = ()
+        self.started: dict[int, subprocess.Popen[bytes]] = {}
+        self.why_not = ""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether something has died and is not ready again."""
+        return self._began is not None
+
+    def held(self, holder: int, segment: int) -> None:
+        """Note the process that keeps the programs' descriptors, and what a fault source goes on from (-1: nothing)."""
+        self._close()
+        try:
+            self._holder_fd = os.pidfd_open(holder)
+        except ProcessLookupError:
+            self._holder_fd = -1
+        self._holder, self._segment = holder, segment
+        if self._file.exists():
+            self._write()
+
+    def begin(self, *, with_handler: bool) -> bool:
+        """Whether what died may be started again. with_handler: a DM-Handler is among it, or goes with it."""
+        if self._began is not None:
+            return True
+        now = time.monotonic()
+        self._deaths = [at for at in self._deaths if now - at < WINDOW_S]
+        if not self._most:
+            return False
+        if len(self._deaths) >= self._most:
+            self.why_not = f"{self._most} deaths within a minute (--restarts)"
+            return False
+        if with_handler and (self._segment < 0 or not self.instances):
+            return False
+        if with_handler and not self._holder_lives():
+            self.why_not = "and its holder with it: nothing has the program's pages any more"
+            return False
+        self._deaths.append(now)
+        self._began = now
+        self._write()
+        return True
+
+    def again(self) -> bool:
+        """What was started has ended before it was ready: whether to try once more."""
+        now = time.monotonic()
+        self._deaths = [at for at in self._deaths if now - at < WINDOW_S]
+        if len(self._deaths) >= self._most or not self._holder_lives():
+            return False
+        self._deaths.append(now)
+        return True
+
+    def overdue(self) -> bool:
+        """Whether what was started together with the dead should have ended by now."""
+        return self._began is not None and time.monotonic() - self._began > REST_S
+
+    def late(self) -> bool:
+        """Whether it takes longer than anybody should wait for."""
+        return self._began is not None and time.monotonic() - self._began > READY_S
+
+    def done(self) -> bool:
+        """All are ready; whether something had died."""
+        was, self._began = self._began is not None, None
+        self.started.clear()
+        return was
+
+    def end_holder(self) -> None:
+        """End the holder: the programs have ended."""
+        if self._holder_fd >= 0 and self._holder_lives():
+            signal.pidfd_send_signal(self._holder_fd, signal.SIGKILL)
+        self._close()
+
+    def _holder_lives(self) -> bool:
+        return self._holder_fd >= 0 and not select.select([self._holder_fd], [], [], 0)[0]
+
+    def _close(self) -> None:
+        if self._holder_fd >= 0:
+            os.close(self._holder_fd)
+        self._holder_fd = -1
+
+    def _write(self) -> None:
+        fresh = self._file.with_suffix(".new")
+        fresh.write_text(
+            json.dumps({"holder": self._holder, "segment": self._segment, "instances": list(self.instances)})
+        )
+        fresh.replace(self._file)

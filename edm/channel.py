@@ -88,7 +88,8 @@ class Session:
 
     def resumed(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Take the instances of a `resume` request for this transport's; the request for each memory server."""
-        self.instances[:] = map(int, request["instances"])
+        for server, instance in enumerate(request["instances"]):
+            self.instances[server] = int(instance)
         return [{"op": "resume", "instance": instance} for instance in self.instances]
 
     def number(self) -> int:

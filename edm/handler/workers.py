@@ -164,10 +164,10 @@ class Workers:
         return min(refused + 1, 7)
 
     def _again(self, first: TransportError, call: Callable[[], T], *, gives_up: bool = False) -> T:
-        """Repeat a call the DMS did not answer, until it does; raises past the patience, where on_loss says so, and at
-        once where it is known not to come back.
+        """Repeat a call the DMS did not answer, until it does.
 
-        gives_up: the call may be given up without ending the run.
+        Raises past the patience, where on_loss says so, and at once where the DMS is known not to come back. gives_up:
+        the call may be given up without ending the run.
         """
         error, began = first, time.monotonic()
         ends = self._on_loss == "kill" or (self._on_loss == "poison" and gives_up)

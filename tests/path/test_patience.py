@@ -1,4 +1,4 @@
-"""What the DM-Handler's threads do when the memory server does not answer: wait, unless it is known to be gone for good."""
+"""What the DM-Handler's threads do when the memory server does not answer: wait, unless it is gone for good."""
 
 import threading
 import time

@@ -15,45 +15,19 @@ import click
 from edm.config.arguments import config_options
 from edm.config.resolve import resolve
 from edm.dms.settings import LOG_LEVELS, DmsSettings, read_settings
-from edm.errors import EdmError, UsageError
-from edm.plugins.transport_mpi import end_job, under_mpi
+from edm.errors import UsageError
+from edm.plugins.transport_mpi import join_job, under_mpi
+from edm.plugins.transport_mpi.commands import RankGroup
 from edm.sizes import format_size
 from edm.types import PAGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from edm.config import Config
 
 _SETTINGS = ("transport", "spt_store", "page_store", "path")
 
 
-class _Rank(click.Group):
-    """A command that may be a rank of an MPI job, whose other ranks must not wait for one that has given up."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _ending_the_job():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _ending_the_job():
-            return super().invoke(ctx)
-
-
-@contextlib.contextmanager
-def _ending_the_job() -> Iterator[None]:
-    try:
-        yield
-    except (EdmError, click.ClickException) as error:
-        if not under_mpi():
-            raise
-        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"edm: {' '.join(text.split())}", err=True)
-        end_job(2)
-        raise
-
-
-@click.group(cls=_Rank, invoke_without_command=True)
+@click.group(cls=RankGroup, invoke_without_command=True)
 @config_options(*_SETTINGS)
 @click.option("--listen", metavar="ENDPOINT", help="Serve at ENDPOINT, as tcp://127.0.0.1:7070 (implies zmq).")
 @click.option("--quota", metavar="SIZE", help="The most that one client may keep here [no limit].")
@@ -104,6 +78,9 @@ def _serve(
     from edm.dms import process  # noqa: PLC0415
 
     logging.basicConfig(format="edm: %(message)s")
+    if config.path is None and config.transport == "mpi" and listen is None and under_mpi():
+        # A job whose other ranks do not come is killed: nothing may lie about by then.
+        join_job()
     with contextlib.ExitStack() as stack:
         path = config.path or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edm-dms-")))
         try:

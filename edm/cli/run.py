@@ -10,12 +10,14 @@ import attrs
 import click
 
 from edm.config.arguments import config_options
+from edm.plugins.transport_mpi.commands import RankCommand
 
 if TYPE_CHECKING:
     from edm.config import Config
 
 
 @click.command(
+    cls=RankCommand,
     context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
     epilog="Example: edm run --local-memory 64M -- sort -S 400M big.txt",
 )

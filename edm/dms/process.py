@@ -24,7 +24,7 @@ from edm.dms.reports import LauncherReports, notify_reloading, open_reports
 from edm.dms.server import MemoryServer
 from edm.dms.settings import DmsSettings
 from edm.dms.status import StatusSocket
-from edm.errors import EdmError
+from edm.errors import EdmError, UsageError
 from edm.plugins.transport_mpi import end_job
 from edm.registry import Registry
 from edm.types import RunContext
@@ -170,7 +170,7 @@ def reported(run_dir: Path) -> Iterator[Reports]:
     try:
         yield reports
     except EdmError as error:
-        reports.error(" ".join(str(error).split()))
+        reports.error(" ".join(str(error).split()), mistake=isinstance(error, UsageError))
         end_job(USER_MISTAKE)
         sys.exit(USER_MISTAKE)
     except Exception as error:

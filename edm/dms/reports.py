@@ -1,7 +1,8 @@
 """Whom the DMS tells that it is ready, or why it is not: the launcher, systemd, or a person reading a line.
 
 The launcher listens on RUN_DIR/control.sock and reads JSON lines: {"role", "pid", "event": "ready"}, or the event
-"error" with a "message". The connection's end is how the DMS learns that the launcher is gone.
+"error" with a "message" and whether it is a "mistake" of the user's. The connection's end is how the DMS learns that
+the launcher is gone.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Reports(Protocol):
     def ready(self, where: str) -> None:
         """Requests are answered now, at `where`."""
 
-    def error(self, message: str) -> None:
-        """The DMS cannot run, for the reason on this one line."""
+    def error(self, message: str, *, mistake: bool = False) -> None:
+        """The DMS cannot run, for the reason on this one line; mistake: it is the user's."""
 
     def stopping(self) -> None:
         """The DMS drains and ends."""
@@ -56,9 +57,9 @@ class LauncherReports:
         """See `Reports`."""
         self._send({"event": "ready", "where": where})
 
-    def error(self, message: str) -> None:
+    def error(self, message: str, *, mistake: bool = False) -> None:
         """See `Reports`."""
-        self._send({"event": "error", "message": message})
+        self._send({"event": "error", "message": message, "mistake": mistake})
 
     def stopping(self) -> None:
         """The launcher has asked for it, or is gone: nothing to tell."""
@@ -98,7 +99,7 @@ class ServiceReports:
         if not told and not under_mpi():
             print(f"edm: dms ready at {where}", flush=True)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str, *, mistake: bool = False) -> None:  # noqa: ARG002
         """See `Reports`."""
         notify(f"STATUS={message}")
         print(f"edm: {message}", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ import setproctitle
 from edm import faultpoints
 from edm._native import lib
 from edm.config import Config
-from edm.errors import EdmError, NativeError, PeerLost, TransportError
+from edm.errors import EdmError, NativeError, PeerLost, TransportError, UsageError
 from edm.handler.tracing import Recorder
 from edm.handler.workers import Workers
 from edm.registry import Registry
@@ -258,7 +258,9 @@ def run(run_dir: Path) -> int:
             remove_run(run_dir)  # nobody else will
         handler.holder.end()
     except EdmError as error:
-        launcher.say("error", message=str(error), lost=isinstance(error, PeerLost))
+        launcher.say(
+            "error", message=str(error), lost=isinstance(error, PeerLost), mistake=isinstance(error, UsageError)
+        )
         return _leave(launcher)
     except Exception as error:
         log.exception("the DM-Handler failed")

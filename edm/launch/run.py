@@ -176,6 +176,8 @@ def _run_as_rank(config: Config, run_dir: RunDir, path: str, command: tuple[str,
         status = EDM_FAILED
         try:
             status = _run_session(config, run_dir, path, command, wishes, None, ready)
+        except UsageError as error:
+            status = _complain(str(error), USER_MISTAKE)
         except EdmError as error:
             status = _complain(str(error), EDM_FAILED)
         finally:

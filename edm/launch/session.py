@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from edm.errors import EdmError
+from edm.errors import EdmError, UsageError
 from edm.launch.control import Control, Event
 from edm.launch.program import KEPT, Ending, Program, block_signals
 from edm.launch.revival import Revival, roles_of
@@ -70,6 +70,7 @@ class Session:
         self._alive: dict[str, tuple[int, int]] = {}
         self._finished = self._finishing = False
         self._failure: str | None = None
+        self._mistake = False
         self.counters: dict[str, int] = {}
         self.warnings: list[str] = []
         self._pids: list[int] | None = None
@@ -98,12 +99,13 @@ class Session:
         return process
 
     def wait_ready(self) -> None:
-        """Wait until every role has reported ready."""
+        """Wait until every role has reported ready; raises `RunFailed`, or `UsageError` for a user's mistake."""
         end = time.monotonic() + READY_S
         while self._waiting_for:
             self._take_events(TICK_S)
             if self._failure:
-                raise RunFailed(self._failure)
+                # Nothing has run yet: what was asked for cannot be had.
+                raise (UsageError if self._mistake else RunFailed)(self._failure)
             if signal.sigtimedwait({signal.SIGINT, signal.SIGTERM}, 0):
                 raise KeyboardInterrupt
             dead = [p for p in self._processes if p.poll() is not None]
@@ -175,6 +177,7 @@ class Session:
                 self._gone("dms", self._alive["dms"][0])  # another comes, and another DM-Handler with it
             case "error":
                 self._failure = self._failure or str(details["message"])
+                self._mistake = bool(details.get("mistake"))
             case "gone":
                 self._gone(event.role, int(details["pid"]))
 

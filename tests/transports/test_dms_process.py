@@ -328,6 +328,31 @@ def test_a_rank_with_a_mistake_ends_the_job_at_once(tmp_path):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.mpi
+def test_a_memory_server_leaves_nothing_when_the_other_rank_does_not_come(tmp_path):
+    result = subprocess.run(
+        [find_mpiexec(), "-n", "1", *EDM, "dms", "--transport", "mpi",
+         ":", "-n", "1", *EDM, "run", "--local-memory", "4M", "--store", "nosuch", "--", "true"],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "unknown" in result.stderr
+    assert not list(tmp_path.glob("edm-*"))
+
+
+@pytest.mark.mpi
+def test_dm_handlers_without_a_memory_server_say_so_and_exit_2():
+    result = subprocess.run(
+        [find_mpiexec(), "-n", "2", *EDM, "run", "--local-memory", "4M", "--", "true"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    lines = [line for line in result.stderr.splitlines() if line.startswith("edm: ")]
+    assert lines
+    assert all("has no memory server" in line for line in lines)
+    assert "Traceback" not in result.stderr
+    assert result.returncode == 2
+
+
 def test_an_mpi_program_under_edm_sees_no_job_of_edms():
     job = {
         "PMI_RANK": "0",

@@ -12,7 +12,7 @@ import attrs
 
 from edm import hookimpl
 from edm.hookspecs import TransportSpec
-from edm.plugins.transport_mpi.launch import check, end_job, plan, strip_mpi_environment, under_mpi
+from edm.plugins.transport_mpi.launch import check, end_job, join_job, plan, strip_mpi_environment, under_mpi
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edm.interfaces import Transport
     from edm.types import RunContext
 
-__all__ = ["MpiOptions", "end_job", "open_transport", "strip_mpi_environment", "under_mpi"]
+__all__ = ["MpiOptions", "end_job", "join_job", "open_transport", "strip_mpi_environment", "under_mpi"]
 
 
 def _option(default: Any, text: str) -> Any:

@@ -105,6 +105,15 @@ def end_job(status: int) -> None:
     MPI.COMM_WORLD.Abort(status)
 
 
+def join_job() -> None:
+    """Initialise MPI, which waits for all ranks of the job to do so; raises `MissingExtra`."""
+    from edm.plugins.transport_mpi.world import load_mpi  # noqa: PLC0415
+
+    mpi = load_mpi()
+    if not mpi.Is_initialized():
+        mpi.Init_thread(mpi.THREAD_MULTIPLE)
+
+
 def _initialized() -> bool:
     mpi = sys.modules.get("mpi4py.MPI")
     return mpi is not None and bool(mpi.Is_initialized())

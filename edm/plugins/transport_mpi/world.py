@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from edm.errors import MissingExtra, UsageError
+from edm.plugins.transport_mpi.launch import join_job
 from edm.plugins.transport_mpi.library import find_library
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ class World:
 
     def __init__(self, context: RunContext) -> None:
         self.mpi = load_mpi()
-        if not self.mpi.Is_initialized():
-            self.mpi.Init_thread(self.mpi.THREAD_MULTIPLE)
+        join_job()
         if self.mpi.Query_thread() < self.mpi.THREAD_MULTIPLE:
             raise UsageError("this MPI library has no THREAD_MULTIPLE, which the transport 'mpi' needs")
         self.mpi.COMM_WORLD.Set_errhandler(self.mpi.ERRORS_RETURN)

@@ -9,6 +9,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["edm.wire", "edm.dms.answering", "msgpack"]):
+    from edm._native import ffi, lib
     from edm.dms.answering import Answerer
     from edm.errors import ProtocolError
     from edm.testing.pages import DictServer, batch_of
@@ -16,6 +17,7 @@ with atheris.instrument_imports(include=["edm.wire", "edm.dms.answering", "msgpa
 
 ANSWERER = Answerer(DictServer())
 REPLY = Frame()
+NUMBER = ffi.new("uint64_t *")
 REFS, PAGES = batch_of(1 << 32, range(4), version=1)
 INTO = bytearray(len(PAGES))
 
@@ -40,6 +42,8 @@ def one_input(data):
     assert ANSWERER.answer(len(raw), "peer") <= ANSWERER.reply.capacity
     assert ANSWERER.answer(sealed(data), "peer") <= ANSWERER.reply.capacity
     REPLY.view[: len(raw)] = raw
+    # What an MPI link asks of a message that is not checked yet: how much more it may receive behind it.
+    assert len(raw) + lib.edm_wire_rest(REPLY.pointer, len(raw), REPLY.capacity, NUMBER) <= REPLY.capacity
     try:
         head = REPLY.open(len(raw))
         if head.batch == len(REFS):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from edm.plugins.transport_mpi.launch import find_mpiexec
 from edm.plugins.transport_mpi.world import World
 
 
@@ -62,3 +63,47 @@ mpi.Finalize()
 def test_the_mpi_library_is_described_as_it_is():
     result = subprocess.run([sys.executable, "-c", FOUND], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+HANDLER = """
+import sys
+from pathlib import Path
+import numpy as np
+from edm.plugins.transport_mpi import MpiOptions, open_transport
+from edm.testing.pages import batch_of
+from edm.testing.transport_cases import wanted
+from edm.types import PAGE_BYTES, RunContext
+here = Path(".")
+transport = open_transport(MpiOptions(), RunContext(here, here, "dm-handler"))
+transport.connect().control({"op": "hello", "client": "sizes", "protocol": 1})
+channel = transport.connect()
+region = int(transport._session.instances[0]) << 32
+for size in (1, 2, 31, 32, 33, 64, 1023, 1024):
+    indices = np.arange(size) + size * 10_000
+    refs, pages = batch_of(region, indices, version=size)
+    assert channel.evict(refs, memoryview(pages)) == ""
+    asked, into = wanted(region, indices), bytearray(size * PAGE_BYTES)
+    channel.fetch(asked, memoryview(into))
+    assert into == pages and (asked["checksum"] == refs["checksum"]).all(), size
+    # One page more, which is new: what exists comes to its place, and the rest is left alone.
+    asked, into = wanted(region, indices[::-1] + 1), bytearray(b"Z" * size * PAGE_BYTES)
+    channel.fetch(asked, memoryview(into))
+    assert asked["status"].tolist() == [0] + [1] * (size - 1), size
+    assert into[:PAGE_BYTES] == b"Z" * PAGE_BYTES, size
+    assert into[-PAGE_BYTES:] == (pages[PAGE_BYTES : 2 * PAGE_BYTES] or b"Z" * PAGE_BYTES), size
+figures = channel.control({"op": "stat"})["server"]
+print(figures["gets"], figures["found"], flush=True)
+transport.close()
+"""
+
+
+@pytest.mark.mpi
+def test_pages_of_a_server_that_answers_from_c_come_to_their_places(tmp_path):
+    result = subprocess.run(
+        [find_mpiexec(), "-n", "1", sys.executable, "-m", "edm", "dms", "--transport", "mpi", "--store", "memory",
+         "--path", tmp_path / "dms", ":", "-n", "1", sys.executable, "-c", HANDLER],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    sizes = 1 + 2 + 31 + 32 + 33 + 64 + 1023 + 1024
+    assert result.stdout.split() == [str(2 * sizes), str(2 * sizes - 8)]

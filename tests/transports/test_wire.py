@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edm import wire
+from edm._native import ffi, lib
 from edm.dms.answering import Answerer
 from edm.errors import ProtocolError
 from edm.testing.pages import DictServer, batch_of
@@ -129,6 +130,17 @@ def test_any_header_is_refused_whatever_length_came(fields, length):
     HEADER.pack_into(OTHER.view, 0, *fields)
     with pytest.raises(ProtocolError):
         OTHER.open(length)
+    rest = lib.edm_wire_rest(OTHER.pointer, length, OTHER.capacity, ffi.new("uint64_t *"))
+    assert rest == 0 or length + rest <= OTHER.capacity
+
+
+def test_pages_that_come_by_themselves_are_known_from_what_stands_before_them():
+    _, _, length = reply_with([GetStatus.EXISTING_PAGE] * 40)
+    before, number = HEADER_BYTES + 40 * REF_BYTES, ffi.new("uint64_t *")
+    assert lib.edm_wire_rest(FRAME.pointer, before, FRAME.capacity, number) == 40 * PAGE_BYTES
+    assert number[0] == 77
+    assert lib.edm_wire_rest(FRAME.pointer, length, FRAME.capacity, number) == 0
+    assert lib.edm_wire_rest(FRAME.pointer, before - 1, FRAME.capacity, number) == 0
 
 
 @given(data=st.data())

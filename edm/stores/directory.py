@@ -6,20 +6,34 @@ Place on the path: opened first, and closed last, by every store that keeps some
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from edm.errors import StoreError, StoreLocked, UsageError
+from edm.errors import StoreError, StoreFull, StoreLocked, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 LOCK: Final = "LOCK"
 FORMAT: Final = "FORMAT"
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _CLEAN: Final = "clean"
+_STATE_BYTES: Final = 128
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says when there is no room."""
+
+
+@contextlib.contextmanager
+def saying(path: Path) -> Iterator[None]:
+    """Raise `StoreError`, or `StoreFull` for want of room, instead of `OSError`; path: where that names no file."""
+    try:
+        yield
+    except OSError as error:
+        kind = StoreFull if error.errno in FULL else StoreError
+        raise kind(f"{error.filename or path}: {error.strerror or error}") from None
 
 
 class StoreDirectory:
@@ -32,6 +46,12 @@ class StoreDirectory:
 
     def __init__(self, path: Path, name: str, version: int, figures: Mapping[str, int] | None = None) -> None:
         self.path = path
+        with saying(path):
+            self._open(name, version, dict(figures or {}))
+        self._closed = False
+
+    def _open(self, name: str, version: int, figures: dict[str, int]) -> None:
+        path = self.path
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _lock(path)
         try:
@@ -39,32 +59,38 @@ class StoreDirectory:
             self.was_clean = bool(last) and last[-1] == _CLEAN
             self.lost_power = bool(last) and last[-1] not in {_CLEAN, _boot()}
             self._write(_boot())
-            self.figures = self._check_format(name, version, dict(figures or {}))
+            # Else a loss of power could leave "clean" from the time before.
+            os.fsync(self._lock)
+            self.figures = self._check_format(name, version, figures)
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except BaseException:
             os.close(self._lock)
             raise
-        self._closed = False
 
     def close(self, *, clean: bool) -> None:
-        """Let go of the directory; clean: everything in it is synced."""
+        """Let go of the directory, in any case; clean: everything in it is synced. Raises `StoreError`."""
         if self._closed:
             return
         self._closed = True
-        if clean:
-            self._write(_CLEAN)
-            os.fsync(self._lock)
-        os.close(self.fd)
-        os.close(self._lock)
+        try:
+            if clean:
+                with saying(self.path / LOCK):
+                    self._write(_CLEAN)
+                    os.fsync(self._lock)
+        finally:
+            os.close(self.fd)
+            os.close(self._lock)
 
     def sync(self) -> None:
-        """Make created, renamed and removed files survive a loss of power."""
-        os.fsync(self.fd)
+        """Make created, renamed and removed files survive a loss of power; raises `StoreError`."""
+        with saying(self.path):
+            os.fsync(self.fd)
 
     def _write(self, state: str) -> None:
-        text = f"{os.getpid()} {state}\n".encode()
-        os.pwrite(self._lock, text, 0)
-        os.ftruncate(self._lock, len(text))
+        # Always as long, so that nothing of what stood here before is left.
+        text = f"{os.getpid()} {state}\n".rjust(_STATE_BYTES).encode()
+        if os.pwrite(self._lock, text, 0) != len(text):
+            raise OSError(errno.EIO, "only a part was written")
 
     def _check_format(self, name: str, version: int, figures: dict[str, int]) -> dict[str, int]:
         path = self.path / FORMAT

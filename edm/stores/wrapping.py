@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from edm.stores.directory import saying
+
 if TYPE_CHECKING:
     from edm.interfaces import PageStore
     from edm.stores.options import WrapperOptions
@@ -27,7 +29,8 @@ def wrapped(store: PageStore, options: WrapperOptions, context: RunContext, *, d
     try:
         packed = PackedPages(store, options.compress, elide_zeros=options.elide_zeros)
         if durable:
-            marker.touch(mode=0o600)
+            with saying(marker):
+                marker.touch(mode=0o600)
     except BaseException:
         store.close()
         raise

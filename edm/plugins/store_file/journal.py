@@ -16,6 +16,7 @@ import attrs
 
 from edm._native import ffi, lib
 from edm.errors import Corrupt, StoreError, StoreFull
+from edm.stores.directory import FULL, saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,8 +135,13 @@ class JournalWriter:
         self._chain = at.chain
         self._write = write
         self._sync = sync
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self.cut()
+        with saying(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self.cut()
+        except StoreError:
+            self.close()
+            raise
 
     def append(self, changes: bytes, flags: int) -> None:
         """Write one frame; raises `StoreFull` or `StoreError`, and the next try overwrites what was torn."""
@@ -183,5 +189,5 @@ class JournalWriter:
 
 
 def _failed(doing: str, path: Path, error: OSError) -> StoreError:
-    kind = StoreFull if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} else StoreError
+    kind = StoreFull if error.errno in FULL else StoreError
     return kind(f"{doing} {path}: {error.strerror}")

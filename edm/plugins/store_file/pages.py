@@ -17,7 +17,7 @@ from edm._native import ffi, lib
 from edm.dms.table import words_at
 from edm.errors import Corrupt, StoreError, StoreFull, UsageError
 from edm.ops import PAGE_STORE, capsule
-from edm.stores.directory import StoreDirectory
+from edm.stores.directory import FULL, StoreDirectory, saying
 from edm.types import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION: Final = 1
 _SEGMENT: Final = re.compile(r"([0-9a-f]{8,16})\.pages")
 _NONE_IN_PARTICULAR: Final = (1 << 64) - 1
-_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class FilePages:
@@ -56,7 +55,8 @@ class FilePages:
             self.__edm_ops__ = capsule(int(ffi.cast("uintptr_t", self._table)), PAGE_STORE)
             if direct:
                 self._check_direct()
-            self._attach()
+            with saying(path):
+                self._attach()
         except BaseException:
             self._release(clean=False)
             raise
@@ -158,7 +158,7 @@ class FilePages:
         slot = self._failed_slot()
         where = self._path if slot == _NONE_IN_PARTICULAR else self.where(slot)
         code = -result
-        if code in _FULL:
+        if code in FULL:
             limit = f"its limit of {self._limit_pages} pages is reached" if code == errno.EDQUOT else os.strerror(code)
             raise StoreFull(f"{doing} {where}: {limit}")
         if code == errno.ENOMEM:

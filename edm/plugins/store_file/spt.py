@@ -17,7 +17,7 @@ from edm._native import lib
 from edm.dms.table import PageTable
 from edm.errors import Corrupt, StoreError
 from edm.plugins.store_file.journal import JournalWriter, Replayed, change, record, replay, whole_table
-from edm.stores.directory import StoreDirectory
+from edm.stores.directory import StoreDirectory, saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,10 +54,12 @@ class FileSpt(PageTable):
         self._pages_since_flush = 0
         self._frames_since_compaction = 0
         self._suspect = False
+        self._directory_unsynced = False
         self._closed = False
         self._directory = StoreDirectory(path, "edm SPT journal", FORMAT_VERSION)
         try:
-            self._open()
+            with saying(path):
+                self._open()
         except BaseException:
             self._directory.close(clean=False)
             raise
@@ -163,6 +165,7 @@ class FileSpt(PageTable):
             # A failed sync may have marked clean what never reached the disk: only a new file is sure to.
             self._compact()
             return
+        self._sync_directory()
         if self._changes or not self._sealed:
             self._append(lib.EDM_SPT_SEALED)
         try:
@@ -185,7 +188,7 @@ class FileSpt(PageTable):
         """Read the newest journal; one that was being written when the server died has another name."""
         path = self._directory.path
         for left in path.glob("*.new"):
-            left.unlink()
+            _remove(left)
         found = sorted(path.glob("*" + _SUFFIX))
         at = Replayed(0, 0, 0, 0)
         if found:
@@ -196,7 +199,7 @@ class FileSpt(PageTable):
             if at.left_bytes and not self._directory.lost_power and (at.damaged or self._directory.was_clean):
                 raise Corrupt(f"{found[-1]}: damaged at byte {at.end}: the page table cannot be read")
             for older in found[:-1]:
-                older.unlink()
+                _remove(older)
         self._torn_bytes = at.left_bytes
         self._journal = JournalWriter(found[-1] if found else path / f"{0:08x}{_SUFFIX}", at, *self._system_calls)
         self._compacted_bytes = 0
@@ -219,8 +222,7 @@ class FileSpt(PageTable):
             new.path = final
         except BaseException as error:
             new.close()
-            with contextlib.suppress(FileNotFoundError):
-                beside.unlink()
+            _remove(beside)
             if isinstance(error, OSError):
                 raise StoreError(f"renaming {beside}: {error.strerror}") from None
             raise
@@ -232,6 +234,18 @@ class FileSpt(PageTable):
         self._suspect = False
         self._sealed = not self._loose
         # Where this fails, the older journal is still complete up to here, and the newer is tried first.
-        self._directory.sync()
-        with contextlib.suppress(FileNotFoundError):
-            old.path.unlink()
+        self._directory_unsynced = True
+        self._sync_directory()
+        _remove(old.path)
+
+    def _sync_directory(self) -> None:
+        """Raises `StoreError`; then nothing is sealed until it can be done."""
+        if self._directory_unsynced:
+            self._directory.sync()
+            self._directory_unsynced = False
+
+
+def _remove(path: Path) -> None:
+    """A journal that is not the newest, or half written, harms nobody where it cannot be removed."""
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -9,17 +9,23 @@ Source: the LMDB API documentation, mdb_env_open.
 
 The map is grown between transactions, since LMDB allows it only then; every read has a transaction of its own, so none
 is open across a growth.
+
+A commit that fails leaves the environment as it was, and where LMDB cannot be sure of that it refuses all further work
+(MDB_PANIC): then the environment is opened anew. What a failed sync may have marked clean without its being on the disk
+is written again before the next flush.
 """
 
 from __future__ import annotations
 
-import errno
+import os
+import shutil
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+import attrs
 import lmdb
 
 from edm.errors import Corrupt, StoreError, StoreFull, StoreLocked
-from edm.stores.directory import StoreDirectory
+from edm.stores.directory import FULL, StoreDirectory, saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +35,18 @@ FORMAT_VERSION: Final = 1
 _RESERVE_BYTES: Final = 64 << 20
 """Beyond the limit, for what must not fail for want of room: the SPT's rows, and deleting."""
 _LARGEST_BYTES: Final = 1 << 46
+_REWRITE_BYTES: Final = 1 << 20
+_COPY: Final = "copy"
+_DATA: Final = "data.mdb"
+
+
+@attrs.define(eq=False)
+class Table:
+    """A named database: `handle` for py-lmdb, another one after the environment was opened anew."""
+
+    name: str
+    integer_key: bool
+    handle: Any = None
 
 
 class Environment:
@@ -44,17 +62,27 @@ class Environment:
         self._limit_bytes = limit_bytes or _LARGEST_BYTES
         self.sync = sync
         self._flags = {"sync": sync != "none", "metasync": sync == "always"}
+        self._tables: list[Table] = []
+        self._env: Any = None
+        self._map_bytes = min(map_bytes, self._limit_bytes)
+        # Some of what was written may be marked clean and not be on the disk; so may the directory's entry.
+        self._suspect = self._renamed = False
+        self._compacted_at = -1
         try:
-            self._open_map(min(map_bytes, self._limit_bytes))
+            # Left by a death while a copy was made.
+            shutil.rmtree(path / _COPY, ignore_errors=True)
+            self._open_map()
             self._turns = self.table("turns", integer_key=False)
         except BaseException:
+            self._drop(None)
             self._directory.close(clean=False)
             raise
 
     @classmethod
     def open(cls, path: Path, half: str, sync: str, map_bytes: int, limit_bytes: int) -> Environment:
         """The environment of a directory, opened if the other half of the store has not; half: "spt" or "pages"."""
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with saying(path):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = cls._open.get(path.resolve())
         if found is None:
             found = cls(path, sync, map_bytes, limit_bytes)
@@ -75,17 +103,21 @@ class Environment:
             self.flush()
             clean = True
         finally:
-            self._env.close()
+            if self._env is not None:
+                self._env.close()
             self._directory.close(clean=clean)
 
     def read(self, work: Callable[[Any], Any], *, buffers: bool = True) -> Any:
         """Run `work(transaction)`; buffers it gets are valid inside only. buffers False: bytes, for small rows."""
-        try:
-            begun: Any = self._env.begin(buffers=True) if buffers else self._env.begin()
-            with begun as transaction:
-                return work(transaction)
-        except lmdb.Error as error:
-            raise self._failed(error) from None
+        for last_try in (False, True):
+            try:
+                with self._live().begin(buffers=buffers) as transaction:
+                    return work(transaction)
+            except lmdb.PanicError as error:
+                self._drop(error if last_try else None)
+            except lmdb.Error as error:
+                raise self._failed(error) from None
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def write(self, work: Callable[[Any], Any], *, may_fill: bool) -> Any:
         """Run `work(transaction)` and commit, all of it or nothing; the map grows as needed.
@@ -93,61 +125,133 @@ class Environment:
         may_fill: up to the limit; else a little beyond it, so that what frees room never fails for want of it.
         """
         most = self._limit_bytes + (0 if may_fill else _RESERVE_BYTES)
+        panicked = False
         while True:
             try:
-                with self._env.begin(write=True) as transaction:
+                with self._live().begin(write=True) as transaction:
                     return work(transaction)
+            except lmdb.PanicError as error:
+                self._drop(error if panicked else None)
+                panicked = True
             except lmdb.MapFullError:
                 size = self._env.info()["map_size"]
                 # A limit that was lowered, or the reserve in use: what is there stays usable.
                 if size >= most:
                     raise StoreFull(f"{self._path}: its limit of {self._limit_bytes} bytes is reached") from None
-                self._env.set_mapsize(min(2 * size, most))
+                self._map_bytes = min(2 * size, most)
+                self._env.set_mapsize(self._map_bytes)
             except lmdb.Error as error:
+                self._suspect = True
                 raise self._failed(error) from None
 
     def turn(self) -> None:
         """Let what was deleted be used: LMDB gives a transaction's free pages to the next but one."""
         for _ in range(2):
-            self.write(lambda transaction: transaction.put(b"turn", b"", db=self._turns), may_fill=False)
+            self.write(lambda transaction: transaction.put(b"turn", b"", db=self._turns.handle), may_fill=False)
 
     def flush(self) -> None:
-        """To the disk, whatever the policy."""
+        """To the disk, whatever the policy; raises `StoreError`."""
+        environment = self._live()
+        if self._renamed:
+            self._directory.sync()
+            self._renamed = False
+        if self._suspect:
+            self._write_again()
         try:
-            self._env.sync(True)
+            environment.sync(True)
         except lmdb.Error as error:
+            self._suspect = True
             raise self._failed(error) from None
+        self._suspect = False
 
-    def table(self, name: str, *, integer_key: bool) -> Any:
+    def table(self, name: str, *, integer_key: bool) -> Table:
         """A named database in the environment, made if it is not there."""
-        try:
-            return self._env.open_db(name.encode(), integerkey=integer_key)
-        except lmdb.Error as error:
-            raise self._failed(error) from None
+        table = Table(name, integer_key)
+        self._open_table(table)
+        self._tables.append(table)
+        return table
 
     @property
     def path(self) -> Path:
         """The file that everything is in."""
-        return self._path / "data.mdb"
+        return self._path / _DATA
 
     def stat(self) -> dict[str, Any]:
         """The file's size on disk, and the map's."""
         status = self.path.stat()
         return {
             "bytes": status.st_blocks * 512,
-            "map_bytes": self._env.info()["map_size"],
+            "map_bytes": self._live().info()["map_size"],
             "limit_bytes": 0 if self._limit_bytes == _LARGEST_BYTES else self._limit_bytes,
         }
 
-    def copy_compact(self, target: Path) -> None:
-        """Write a copy without free pages to a directory."""
-        self._env.copy(str(target), compact=True)
+    def compact(self) -> int:
+        """Put a copy without free pages in the file's place; returns by how many bytes it is smaller.
 
-    def _open_map(self, map_bytes: int) -> None:
+        A death on the way leaves the file, or the whole copy. Raises `StoreError`, and the file is then as it was.
+        """
+        if self._live().info()["last_txnid"] == self._compacted_at:
+            return 0
+        beside = self._path / _COPY
+        before = self.path.stat().st_blocks * 512
+        try:
+            with saying(beside):
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(mode=0o700)
+                self._live().copy(str(beside), compact=True)
+                _sync_file(beside / _DATA)
+                (beside / _DATA).rename(self.path)
+        except lmdb.Error as error:
+            raise self._failed(error) from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        # The open environment is the old file, which has no name any more.
+        self._renamed = True
+        self._drop(None)
+        self.flush()
+        self._compacted_at = self._live().info()["last_txnid"]
+        return int(before - self.path.stat().st_blocks * 512)
+
+    def _live(self) -> Any:
+        """The environment, opened anew where it had to be given up; raises `StoreError`."""
+        if self._env is None:
+            self._open_map()
+            for table in self._tables:
+                self._open_table(table)
+        return self._env
+
+    def _drop(self, error: lmdb.Error | None) -> None:
+        """Close it; the next use opens it anew. error: what to raise, if that has been tried."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+        if error is not None:
+            raise self._failed(error)
+
+    def _open_table(self, table: Table) -> None:
+        try:
+            table.handle = self._env.open_db(table.name.encode(), integerkey=table.integer_key)
+        except lmdb.Error as error:
+            self._env.close()
+            self._env = None
+            raise self._failed(error) from None
+
+    def _write_again(self) -> None:
+        """Write the file's own bytes back, which marks them as not yet on the disk."""
+        with saying(self.path):
+            file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                at = 0
+                while part := os.pread(file, _REWRITE_BYTES, at):
+                    at += os.pwrite(file, part, at)
+            finally:
+                os.close(file)
+
+    def _open_map(self) -> None:
         try:
             self._env = lmdb.open(
                 str(self._path),
-                map_size=max(map_bytes, 1 << 20),
+                map_size=max(self._map_bytes, 1 << 20),
                 max_dbs=8,
                 max_readers=16,
                 mode=0o600,
@@ -169,4 +273,12 @@ class Environment:
 
 
 def _no_space(error: lmdb.Error) -> bool:
-    return isinstance(error, lmdb.DiskError) or getattr(error, "code", None) in {errno.ENOSPC, errno.EDQUOT}
+    return isinstance(error, lmdb.DiskError) or getattr(error, "code", None) in FULL
+
+
+def _sync_file(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

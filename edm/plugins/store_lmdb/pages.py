@@ -9,13 +9,14 @@ about a hundred to a page. Slots count upwards and are never given twice.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from edm.dms.table import page_checksums
-from edm.errors import Corrupt, StoreFull
+from edm.errors import Corrupt, StoreError, StoreFull
 from edm.types import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -34,12 +35,19 @@ class LmdbPages:
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
-        self._heads = environment.table("heads", integer_key=True)
-        self._tails = environment.table("tails", integer_key=True)
-        self._next_slot = 1 + int(environment.read(self._last))
-        self._pages = int(environment.read(lambda transaction: transaction.stat(self._heads)["entries"]))
         self._to_free: list[bytes] = []
+        # Of puts said to have failed, which may be there all the same once the environment is opened anew.
+        self._in_doubt: list[bytes] = []
         self._closed = False
+        try:
+            self._heads = environment.table("heads", integer_key=True)
+            self._tails = environment.table("tails", integer_key=True)
+            self._next_slot = 1 + int(environment.read(self._last))
+            self._pages = int(environment.read(self._count))
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                environment.close("pages")
+            raise
 
     def put(self, pages: memoryview, checksums: Any) -> Slots:
         """See `PageStore`."""
@@ -52,28 +60,37 @@ class LmdbPages:
         heads = [pages[at : at + _HEAD_BYTES] for at in range(0, len(pages), PAGE_BYTES)]
         packed, size = tails.tobytes(), _TAIL_ROW.itemsize
 
-        def work(transaction: Any) -> None:
+        def work(transaction: Any) -> int:
             self._delete(transaction)
             self._append(transaction, self._heads, zip(keys, heads, strict=True))
             parts = (packed[at : at + size] for at in range(0, len(packed), size))
             self._append(transaction, self._tails, zip(keys, parts, strict=True))
+            return self._count(transaction)
 
         try:
-            self._environment.write(work, may_fill=True)
-        except StoreFull:
-            if not self._to_free:
-                raise
-            self._delete_now()
-            self._environment.turn()
-            self._environment.write(work, may_fill=True)
-        self._freed()
+            try:
+                pages_now = self._environment.write(work, may_fill=True)
+            except StoreFull:
+                if not self._to_free:
+                    raise
+                self._delete_now()
+                self._environment.turn()
+                pages_now = self._environment.write(work, may_fill=True)
+        except StoreError:
+            self._in_doubt += keys
+            self._next_slot += len(rows)
+            raise
+        self._deleted()
         self._next_slot += len(rows)
-        self._pages += len(rows)
+        self._pages = pages_now
         return slots
+
+    def _count(self, transaction: Any) -> int:
+        return int(transaction.stat(self._heads.handle)["entries"])
 
     @staticmethod
     def _append(transaction: Any, table: Any, items: Any) -> None:
-        with transaction.cursor(table) as cursor:
+        with transaction.cursor(table.handle) as cursor:
             cursor.putmulti(items, append=True)
 
     def get(self, slots: Slots, into: memoryview) -> None:
@@ -83,7 +100,7 @@ class LmdbPages:
         def work(transaction: Any) -> None:
             for i, slot in enumerate(slots.tolist()):
                 key = _KEY.pack(slot)
-                head, tail = transaction.get(key, db=self._heads), transaction.get(key, db=self._tails)
+                head, tail = transaction.get(key, db=self._heads.handle), transaction.get(key, db=self._tails.handle)
                 if head is None or tail is None or len(head) != _HEAD_BYTES or len(tail) != _TAIL_ROW.itemsize:
                     raise Corrupt(f"{self._environment.path}: slot {slot} holds no page")
                 at = i * PAGE_BYTES
@@ -119,6 +136,11 @@ class LmdbPages:
         """See `PageStore`."""
         self._environment.flush()
 
+    def compact(self) -> int:
+        """Give the room of what was deleted back to the disk; returns how many bytes."""
+        self._delete_now()
+        return self._environment.compact()
+
     def where(self, _slot: int) -> Any:
         """The file that holds a slot."""
         return self._environment.path
@@ -139,22 +161,23 @@ class LmdbPages:
 
     def _delete_now(self) -> None:
         if self._to_free:
-            self._environment.write(self._delete, may_fill=False)
-            self._freed()
+            self._pages = int(self._environment.write(self._delete, may_fill=False))
+            self._deleted()
 
-    def _delete(self, transaction: Any) -> None:
-        for key in self._to_free:
-            transaction.delete(key, db=self._heads)
-            transaction.delete(key, db=self._tails)
-
-    def _freed(self) -> None:
-        self._pages -= len(self._to_free)
+    def _deleted(self) -> None:
         self._to_free.clear()
+        self._in_doubt.clear()
+
+    def _delete(self, transaction: Any) -> int:
+        for key in (*self._to_free, *self._in_doubt):
+            transaction.delete(key, db=self._heads.handle)
+            transaction.delete(key, db=self._tails.handle)
+        return self._count(transaction)
 
     def _last(self, transaction: Any) -> int:
-        with transaction.cursor(self._heads) as cursor:
+        with transaction.cursor(self._heads.handle) as cursor:
             return int(_KEY.unpack(cursor.key())[0]) if cursor.last() else 0
 
     def _all_slots(self, transaction: Any) -> Slots:
-        with transaction.cursor(self._heads) as cursor:
+        with transaction.cursor(self._heads.handle) as cursor:
             return np.frombuffer(b"".join(cursor.iternext(values=False)), np.uint64)

@@ -8,6 +8,7 @@ that is damaged, missing or too much is found when the store opens. Lookups are 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import struct
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +18,7 @@ import numpy as np
 
 from edm._native import lib
 from edm.dms.table import NO_SLOTS, PageTable, words_at
-from edm.errors import Corrupt
+from edm.errors import Corrupt, StoreError
 from edm.types import PAGE_REF
 
 if TYPE_CHECKING:
@@ -53,14 +54,17 @@ class LmdbSpt(PageTable):
     def __init__(self, environment: Environment) -> None:
         super().__init__()
         self._environment = environment
-        self._rows = environment.table("spt", integer_key=False)
-        self._names = environment.table("spt regions and notes", integer_key=False)
         self._pending: list[_Changes] = []
         self._closed = False
+        # None: a commit is said to have failed, and may be there all the same once the environment is opened anew.
+        self._totals: tuple[int, int] | None = None
         try:
+            self._rows = environment.table("spt", integer_key=False)
+            self._names = environment.table("spt regions and notes", integer_key=False)
             self._totals = environment.read(self._load, buffers=False)
         except BaseException:
-            environment.close("spt")
+            with contextlib.suppress(StoreError):
+                environment.close("spt")
             raise
 
     # ---- changes: to the table at once, to LMDB with the next commit
@@ -120,13 +124,22 @@ class LmdbSpt(PageTable):
         """See `SptStore`: everything since the last commit is one transaction."""
         if self._pending:
             # What frees room must not fail for want of it.
-            self._totals = self._environment.write(self._write, may_fill=False)
+            try:
+                self._totals = self._environment.write(self._write, may_fill=False)
+            except StoreError:
+                self._totals = None
+                raise
             self._pending.clear()
 
     def flush(self) -> None:
         """See `SptStore`."""
         self.commit()
         self._environment.flush()
+
+    def compact(self) -> int:
+        """Give the room of what was deleted back to the disk; returns how many bytes."""
+        self.commit()
+        return self._environment.compact()
 
     def stat(self) -> dict[str, Any]:
         """The table's figures, and the environment's size."""
@@ -143,7 +156,9 @@ class LmdbSpt(PageTable):
             self._environment.close("spt")
 
     def _write(self, transaction: Any) -> tuple[int, int]:
-        count, total = self._totals
+        count, total = self._totals or _TOTALS.unpack(
+            transaction.get(_TOTALS_KEY, bytes(_TOTALS.size), db=self._names.handle)
+        )
         for changes in self._pending:
             for region, start, pages in changes.delete:
                 deleted, deleted_sum = self._delete(transaction, region, start, pages)
@@ -154,15 +169,15 @@ class LmdbSpt(PageTable):
                 added, added_sum = self._put(transaction, changes.refs, changes.slots)
                 count, total = count + added, total + added_sum
         totals = count, total % (1 << 64)
-        transaction.put(_TOTALS_KEY, _TOTALS.pack(*totals), db=self._names)
+        transaction.put(_TOTALS_KEY, _TOTALS.pack(*totals), db=self._names.handle)
         return totals
 
     def _name(self, transaction: Any, kind: str, key: int, value: int | None) -> None:
         name = f"{kind} {key}".encode()
         if value is None:
-            transaction.delete(name, db=self._names)
+            transaction.delete(name, db=self._names.handle)
         else:
-            transaction.put(name, _TOTALS.pack(value, _check_of(key, value)), db=self._names)
+            transaction.put(name, _TOTALS.pack(value, _check_of(key, value)), db=self._names.handle)
 
     def _put(self, transaction: Any, refs: PageRefs, slots: Slots) -> tuple[int, int]:
         rows = _rows_of(refs, slots)
@@ -170,7 +185,7 @@ class LmdbSpt(PageTable):
         keys["region"], keys["index"] = refs["region"], refs["index"]
         packed_keys, packed_rows = keys.tobytes(), rows.tobytes()
         added = total = 0
-        with transaction.cursor(self._rows) as cursor:
+        with transaction.cursor(self._rows.handle) as cursor:
             for i, row_hash in enumerate(rows["hash"].tolist()):
                 key = packed_keys[i * _KEY.itemsize : (i + 1) * _KEY.itemsize]
                 if cursor.set_key(key):
@@ -184,7 +199,7 @@ class LmdbSpt(PageTable):
     def _delete(self, transaction: Any, region: int, start: int, pages: int) -> tuple[int, int]:
         end = _PAIR.pack(region, start + pages) if start + pages < 1 << 64 else None
         deleted = total = 0
-        with transaction.cursor(self._rows) as cursor:
+        with transaction.cursor(self._rows.handle) as cursor:
             there = cursor.set_range(_PAIR.pack(region, start))
             while there:
                 key = bytes(cursor.key())
@@ -199,7 +214,7 @@ class LmdbSpt(PageTable):
 
     def _load(self, transaction: Any) -> tuple[int, int]:
         totals = (0, 0)
-        with transaction.cursor(self._names) as cursor:
+        with transaction.cursor(self._names.handle) as cursor:
             for name, value in cursor:
                 if bytes(name) == _TOTALS_KEY:
                     totals = _TOTALS.unpack(value)
@@ -244,7 +259,7 @@ class LmdbSpt(PageTable):
 
     def _batches(self, transaction: Any) -> Iterator[tuple[Any, Any]]:
         # Two cursors side by side, so that no row is handled by itself: there may be millions.
-        with transaction.cursor(self._rows) as at_keys, transaction.cursor(self._rows) as at_rows:
+        with transaction.cursor(self._rows.handle) as at_keys, transaction.cursor(self._rows.handle) as at_rows:
             all_keys, all_rows = at_keys.iternext(values=False), at_rows.iternext(keys=False)
             while keys := b"".join(itertools.islice(all_keys, _ROWS_AT_ONCE)):
                 rows = b"".join(itertools.islice(all_rows, _ROWS_AT_ONCE))

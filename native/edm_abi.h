@@ -364,7 +364,7 @@ struct edm_mpi_served {
     uint64_t gets, pages_sent;
 };
 
-#define EDM_MPI_IDLE 0    /* nothing for as long as it spins */
+#define EDM_MPI_IDLE 0    /* nothing for as long as it waits */
 #define EDM_MPI_MESSAGE 1 /* one for Python is in `request` */
 #define EDM_MPI_BUSY 2    /* something was answered */
 
@@ -373,9 +373,9 @@ struct edm_mpi_serving;
 struct edm_mpi_serving *edm_mpi_serving_new(const struct edm_mpi *mpi, const void *server, void *request,
                                             uint64_t capacity, const struct edm_mpi_waits *waits, int any_rank,
                                             int any_tag);
-/* Take and answer messages, testing `tests` times between two looks at the clock: EDM_MPI_…, -EIO: MPI said
-   _served.error, -ENOMEM. */
-int edm_mpi_serve(struct edm_mpi_serving *serving, uint32_t tests);
+/* Take and answer messages; when there is none, spin, then sleep for longer and longer between tests, for idle_s (0: do
+   not sleep). EDM_MPI_…; -EIO: MPI said _served.error; -ENOMEM. */
+int edm_mpi_serve(struct edm_mpi_serving *serving, double idle_s);
 const struct edm_mpi_served *edm_mpi_served(const struct edm_mpi_serving *serving);
 /* Its replies that nobody has taken yet. */
 uint32_t edm_mpi_serving_unsent(struct edm_mpi_serving *serving);

@@ -21,6 +21,9 @@
 #define PAGES 3u
 #define MAX_UNSENT 16   // replies that nobody has taken yet; beyond that no new request is
 #define SEND_TESTS 200  // of a reply on its way, before turning to other requests
+#define BURST 20        // tests between two looks at the clock
+#define IDLE_TESTS 2    // … of a server that has been idle for a while: most of them find nothing
+#define GROWTH 1.05     // from one sleep to the next: 50 µs becomes 1.5 ms in about 50 ms
 #define AWAY_S 0.1      // the longest time not to come back to Python while there is work
 
 #define SHARED 32  // requests in a row from this very CPU before moving aside
@@ -38,7 +41,9 @@ struct edm_mpi_serving {
     union edm_mpi_handle receiving;
     uint8_t *request, *reply;
     uint64_t capacity;
-    double spin_s, busy_until, moved_at;
+    struct edm_mpi_waits waits;
+    double pause_s;  // the next sleep
+    double busy_until, moved_at;
     struct edm_spin spin;
     bool made, posted;
     uint32_t unsent_count, spare_count;
@@ -161,7 +166,7 @@ static int burst(struct edm_mpi_serving *s, uint32_t tests) {
     return 0;
 }
 
-int edm_mpi_serve(struct edm_mpi_serving *s, uint32_t tests) {
+static int serve(struct edm_mpi_serving *s, uint32_t tests) {
     double now = edm_now_s(), back = now + AWAY_S;
     int nothing = EDM_MPI_IDLE;
     for (;;) {
@@ -173,7 +178,7 @@ int edm_mpi_serve(struct edm_mpi_serving *s, uint32_t tests) {
         edm_spin_found(&s->spin, result == 1);
         now = edm_now_s();
         if (result == 1) {
-            s->busy_until = now + s->spin_s;
+            s->busy_until = now + s->waits.spin_s;
             if (s->spin.shared >= SHARED && now > s->moved_at + MOVE_EVERY_S)
                 move_aside(s, now);
             result = answer(s, s->served.length, s->served.rank, s->served.tag);
@@ -188,8 +193,22 @@ int edm_mpi_serve(struct edm_mpi_serving *s, uint32_t tests) {
         }
         if (now >= s->busy_until)
             return nothing;
-        if (s->busy_until - now <= s->spin_s - s->spin.keep_s)
+        if (s->busy_until - now <= s->waits.spin_s - s->spin.keep_s)
             edm_spin_yield(&s->spin);
+    }
+}
+
+int edm_mpi_serve(struct edm_mpi_serving *s, double idle_s) {
+    double end = edm_now_s() + idle_s;
+    for (;;) {
+        int result = serve(s, s->pause_s == s->waits.sleep_s ? BURST : IDLE_TESTS);
+        if (result != EDM_MPI_IDLE)
+            s->pause_s = s->waits.sleep_s;
+        if (result != EDM_MPI_IDLE || edm_now_s() >= end)
+            return result;
+        struct timespec pause = {0, (long)(s->pause_s * 1e9)};
+        nanosleep(&pause, NULL);
+        s->pause_s = s->pause_s * GROWTH < s->waits.sleep_max_s ? s->pause_s * GROWTH : s->waits.sleep_max_s;
     }
 }
 
@@ -203,7 +222,8 @@ struct edm_mpi_serving *edm_mpi_serving_new(const struct edm_mpi *mpi, const voi
     s->server = server;
     s->request = request;
     s->capacity = capacity;
-    s->spin_s = waits->spin_s;
+    s->waits = *waits;
+    s->pause_s = waits->sleep_s;
     s->spin.keep_s = s->spin.most_s = waits->keep_s;
     s->reply = calloc(1, capacity);
     s->served.error = s->reply ? edm_mpi_recv_init(mpi, request, (int)capacity, any_rank, any_tag, &s->receiving) : 0;

@@ -1,8 +1,8 @@
 """A memory server's rank: takes requests from all DM-Handlers and answers them [6-11].
 
 One thread, one posted receive for whatever comes, in C (native/mpi_serving.c), which answers gets of stored pages by
-itself where the server has a table; everything else is answered here. Idle, it tests in bursts with sleeps between,
-which grow from `sleep_us` to `sleep_max_us`; a request ends that at once.
+itself where the server has a table; everything else is answered here. Idle, it tests in bursts with sleeps between (in
+C), which grow from `sleep_us` to `sleep_max_us`; a request ends that at once.
 """
 
 from __future__ import annotations
@@ -31,20 +31,16 @@ log = logging.getLogger(__name__)
 
 SERVER_BYTES: Final = 32
 """sizeof(struct edm_server_ops)."""
-BURST: Final = 20
-"""Tests between two looks at the clock."""
+IDLE_S: Final = 0.1
+"""Longest wait for a request before looking around."""
 MAX_UNSENT: Final = 16
 """Replies that nobody has taken yet; beyond that no new request is."""
-SEND_TESTS: Final = 10 * BURST
+SEND_TESTS: Final = 200
 """Tests of a reply on its way before turning to other requests: as long as 256 KiB take when the other side polls."""
 DRAIN_S: Final = 2.0
 """How long a server that ends goes on answering what has arrived."""
 LOOK_S: Final = 1.0
 """How often an idle server looks whether its DM-Handlers are still there."""
-IDLE_TESTS: Final = 2
-"""Tests between two sleeps of a server that has been idle for a while: most of them find nothing."""
-GROWTH: Final = 1.05
-"""Factor from one sleep to the next: 50 µs becomes 1.5 ms in about 50 ms."""
 
 
 class MpiServing:
@@ -73,18 +69,12 @@ class MpiServing:
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set or every DM-Handler has said goodbye or is gone."""
-        first_s, longest_s = self._options.sleep_us / 1e6, self._options.sleep_max_us / 1e6
-        pause_s = first_s
         while self.peers and not stop.is_set():
-            if self._burst(BURST if pause_s == first_s else IDLE_TESTS):
-                pause_s = first_s
-                continue
-            self._look(time.monotonic())
-            time.sleep(pause_s)
-            pause_s = min(pause_s * GROWTH, longest_s)
+            if not self._burst(IDLE_S):
+                self._look(time.monotonic())
         # What has arrived is answered still.
         end = time.monotonic() + DRAIN_S
-        while time.monotonic() < end and (self._burst(BURST) or self._on_their_way()):
+        while time.monotonic() < end and (self._burst(0.0) or self._on_their_way()):
             """Until nothing is left."""
         lib.edm_mpi_serving_stop(self._native)
 
@@ -95,11 +85,12 @@ class MpiServing:
         figures["pages_sent"] += self._served.pages_sent
         return figures
 
-    def _burst(self, tests: int) -> bool:
-        """Take requests for as long as they come without a pause; whether there was one."""
+    def _burst(self, idle_s: float) -> bool:
+        """Take requests for as long as they come without a pause, waiting for the first; whether there was one."""
         if self._unsent and not self._room():
+            time.sleep(self._options.sleep_us / 1e6)
             return False
-        result = lib.edm_mpi_serve(self._native, tests)
+        result = lib.edm_mpi_serve(self._native, idle_s)
         if result == lib.EDM_MPI_MESSAGE:
             self._take(self._served.rank, self._served.tag, self._served.length)
         elif result == -errno.EIO:

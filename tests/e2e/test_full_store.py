@@ -1,0 +1,78 @@
+"""A store that fills up while a program runs: nothing is lost, the program waits, and goes on when there is room."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+
+pytestmark = [
+    pytest.mark.uffd,
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="only root can mount a small tmpfs"),
+]
+
+
+class SmallDisk:
+    """A tmpfs of a size that can be changed."""
+
+    def __init__(self, path):
+        self.path = path
+        path.mkdir()
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12M", "edm-test", path], capture_output=True)
+        if made.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
+
+    def grow(self):
+        subprocess.run(["mount", "-o", "remount,size=200M", self.path], check=True)
+
+    def full(self):
+        """Too little is left for a batch of pages."""
+        about = os.statvfs(self.path)
+        return about.f_bavail * about.f_bsize < 512 << 10
+
+    def wait_until_full(self, process):
+        end = time.monotonic() + 60
+        while not self.full():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end, "the disk never filled up"
+            time.sleep(0.02)
+
+    def close(self):
+        subprocess.run(["umount", "-l", self.path], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    disk = SmallDisk(tmp_path / "disk")
+    yield disk
+    disk.close()
+
+
+@pytest.mark.parametrize(
+    ("store", "transport"),
+    [
+        ("lmdb", "inproc"),
+        pytest.param("file", "mpi", marks=pytest.mark.mpi),
+        pytest.param("file", "zmq", marks=pytest.mark.soak),
+    ],
+)
+def test_full_disk_is_waited_for(edm, program, tmp_path, disk, store, transport):
+    command = (program("working_set"), 24, 2)
+    process = edm.start(
+        "run", "--transport", transport, "--store", store, "--path", disk.path, "--local-memory", "5M",
+        *(("-o", "store.file.segment=1M") if store == "file" else ("-o", "store.lmdb.map_size=2M")),
+        "--report", tmp_path / "r.json", "--", *command,
+    )  # fmt: skip
+    disk.wait_until_full(process)
+    time.sleep(1)
+    assert process.poll() is None
+    disk.grow()
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err.decode()
+    assert out == subprocess.run(list(map(str, command)), capture_output=True, check=True).stdout
+    counters = json.loads((tmp_path / "r.json").read_text())["counters"]
+    assert counters["write_failures"] > 0
+    assert counters["internal_errors"] == counters["lost"] == 0

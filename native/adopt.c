@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -108,13 +109,24 @@ void edm_engine_release(struct edm_engine *g) {
 
 int32_t edm_engine_segment(struct edm_engine *g) { return g->state_fd; }
 
+// To the sidecars of programs that have not been taken over yet: they end a program that nobody serves.
+static void sidecars_tell(struct edm_engine *g, int32_t holder) {
+    for (uint32_t i = 0; i < g->state->spaces; i++) {
+        struct state_space *t = &g->state_space[i];
+        struct edm_ctl *c = state_valid(g, t) && t->ctl[g->turn] >= 0 ? ctl_map(t->ctl[g->turn]) : NULL;
+        if (!c)
+            continue;
+        c->handler_pid = getpid();
+        c->holder_pid = holder;
+        munmap(c, EDM_CTL_BYTES);
+    }
+}
+
 void edm_engine_holder(struct edm_engine *g, int32_t pid) {
     pthread_mutex_lock(&g->mu);
     g->state->holder[g->turn] = pid;
     __atomic_store_n(&g->state->turn, g->turn, __ATOMIC_RELEASE);
-    for (uint32_t i = 0; i < g->nspaces; i++)
-        if (g->space[i]->ctl)
-            g->space[i]->ctl->holder_pid = pid;
+    sidecars_tell(g, pid);
     holder_note(g);
     if (g->adopted)
         point(POINT_adopt_held);
@@ -158,8 +170,6 @@ static bool read_page(struct space *s, uint64_t address, uint8_t *into) {
 }
 
 static void stage_again(struct edm_engine *g, struct space *s, uint64_t page, uint32_t slot) {
-    g->slot[slot].refs = 1;
-    g->slots_used++;
     uint32_t id = outbox_push(g, EDM_OUT_EVICT, s);
     struct outbox_item *o = outbox_item_at(g, id);
     o->page = o->a = page;
@@ -186,11 +196,10 @@ static bool batch_again(struct edm_engine *g, struct space *s) {
             uint64_t at = s->staging + ((uint64_t)k * LEAF_PAGES + (uint64_t)i) * PAGE_SIZE_;
             if (t->window[k].clean & 1ull << i || !present(s, at >> PAGE_SHIFT))
                 continue;
-            while (g->spare_slot < g->nslots_all && g->slot[g->spare_slot].refs)
-                g->spare_slot++;
-            if (g->spare_slot == g->nslots_all || !read_page(s, at, write_slot_data(g, g->spare_slot)))
+            int slot = write_slot_spare(g);
+            if (slot < 0 || !read_page(s, at, write_slot_data(g, (uint32_t)slot)))
                 return false;
-            stage_again(g, s, t->window[k].base + (uint64_t)i, g->spare_slot++);
+            stage_again(g, s, t->window[k].base + (uint64_t)i, (uint32_t)slot);
         }
     state_commit(g);
     STATE_BARRIER();
@@ -249,7 +258,13 @@ static bool attach_again(struct space *s) {
     if (s->uffd < 0 || (s->pid > 0 && s->pidfd < 0) || pidfd_dead(s->pidfd) || s->ops->gone(s))
         return false;
     struct edm_ctl *c = s->ctl_fd >= 0 ? ctl_map(s->ctl_fd) : NULL;
-    if (!c)  // a forked child that has not come yet: it will, and where it does not its pages are served all the same
+    // One that was handing over when the DM-Handler died: it comes again, and where it does not it is served all the
+    // same.
+    if (c && __atomic_load_n(&c->sidecar_pid, __ATOMIC_ACQUIRE) <= 0) {
+        munmap(c, EDM_CTL_BYTES);
+        c = NULL;
+    }
+    if (!c)
         return true;
     if (space_attach(s, c, s->ctl_fd, s->pid)) {
         stop(s, "the new DM-Handler cannot look at it");

@@ -314,7 +314,7 @@ struct edm_engine {
     uint8_t *slots;
     struct write_slot *slot;
     uint32_t nslots, free_slot, slots_used;
-    uint32_t nslots_all, spare_slot;  // with those for an adopted batch; the next of them
+    uint32_t nslots_all, spare_slot;  // with those beyond the buffer; the next of these to look at
     struct outbox_item *item;
     uint32_t nitems, free_item;
     uint32_t head, tail, queued;
@@ -417,6 +417,7 @@ static inline void traced(struct edm_engine *g, const struct space *s, uint64_t 
 
 // ---- writeback.c
 int write_slot_get(struct edm_engine *g);
+int write_slot_spare(struct edm_engine *g);
 void write_slot_put(struct edm_engine *g, uint32_t slot);
 uint8_t *write_slot_data(struct edm_engine *g, uint32_t slot);
 uint32_t outbox_push(struct edm_engine *g, int kind, struct space *s);
@@ -440,6 +441,7 @@ void pages_excluded(int pid, struct ranges *out);
 // ---- uffd.c, sidecar.c
 int uffd_open_api(struct edm_engine *g, int fd);
 int uffd_register(struct space *s, uint64_t a, uint64_t b);
+int uffd_unprotect(struct space *s, uint64_t a, uint64_t b);
 int uffd_watch(struct space *s);
 void sidecar_lock(struct space *s);
 void sidecar_unlock(struct space *s);

@@ -36,13 +36,13 @@ void batch_free(struct move_batch *b) {
 static bool all_zero(const uint8_t *page) { return page[0] == 0 && memcmp(page, page + 1, PAGE_SIZE_ - 1) == 0; }
 
 // A place in the write-back buffer for each page that must be read. There is room, as the batch was not larger than it;
-// only what had come between the pages asked for may have to wait for the DMS.
+// what had come between the pages asked for may go beyond it.
 static void slots_reserve(struct edm_engine *g, struct move_batch *b) {
     b->nread = 0;
     for (uint32_t k = 0; k < b->n; k++)
         for (uint64_t m = move_to_read(&b->w[k]); m; m &= m - 1) {
-            int slot;
-            while ((slot = write_slot_get(g)) < 0) {
+            int slot = write_slot_get(g);
+            while (slot < 0 && (slot = write_slot_spare(g)) < 0) {
                 pthread_cond_signal(&g->outbox_wake);
                 pthread_cond_wait(&g->lpet_wake, &g->mu);
             }

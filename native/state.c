@@ -34,7 +34,7 @@ static int state_map(struct edm_engine *g, int fd, uint32_t slots) {
     return 0;
 }
 
-// Beyond the slots that are used, room for one batch that an adopting DM-Handler finds half moved.
+// Beyond the buffer, room for one batch that has left its program: the LPET's, or one found half moved.
 int state_create(struct edm_engine *g, uint32_t slots) {
     uint32_t all = slots + EDM_STAGING_PAGES;
     int fd = (int)syscall(SYS_memfd_create, "edm-state", 1u /* MFD_CLOEXEC */);

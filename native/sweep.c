@@ -165,6 +165,15 @@ static void join_settled(struct space *s, uint64_t a, uint64_t b) {
     }
 }
 
+// Adopted: what another DM-Handler has write-protected is for us a page like any other, and the sidecar, which may have
+// to write to it, must never wait for a fault.
+static bool unprotected(struct space *s, uint64_t a, uint64_t b) {
+    if (!s->asks || uffd_unprotect(s, a, b) == 0)
+        return true;
+    s->sweep_soon = true;
+    return false;
+}
+
 static void removed_settle(struct space *s) {
     if (!removed_settled(s))
         return;
@@ -198,7 +207,7 @@ static void accept_registered(struct space *s, const struct ranges *fresh) {
     for (uint32_t i = 0; i < fresh->n; i++)
         for (uint32_t k = 0; k < again.n; k++) {
             uint64_t a = fresh->v[i].a, b = fresh->v[i].b;
-            if (again.v[k].a <= a && again.v[k].b >= b) {
+            if (again.v[k].a <= a && again.v[k].b >= b && unprotected(s, a, b)) {
                 ranges_add(&s->known, a, b);
                 join_settled(s, a, b);
                 break;

@@ -52,6 +52,13 @@ int uffd_register(struct space *s, uint64_t a, uint64_t b) {
     return ioctl(s->uffd, UFFDIO_REGISTER, &r) ? -errno : 0;
 }
 
+int uffd_unprotect(struct space *s, uint64_t a, uint64_t b) {
+    if (!s->engine->cfg.track_writes)
+        return 0;
+    struct uffdio_writeprotect w = {.range = {a << PAGE_SHIFT, (b - a) << PAGE_SHIFT}};
+    return ioctl(s->uffd, UFFDIO_WRITEPROTECT, &w) ? -errno : 0;
+}
+
 int uffd_watch(struct space *s) {
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = s};
     return epoll_ctl(s->engine->epoll, EPOLL_CTL_ADD, s->uffd, &ev) ? -errno : 0;

@@ -19,6 +19,20 @@ int write_slot_get(struct edm_engine *g) {
     return (int)i;
 }
 
+// One of those beyond the buffer: for pages that have left the program already. -1: thousands are in use.
+int write_slot_spare(struct edm_engine *g) {
+    for (uint32_t n = g->nslots_all - g->nslots; n > 0; n--) {
+        uint32_t i = g->spare_slot;
+        g->spare_slot = i + 1 < g->nslots_all ? i + 1 : g->nslots;
+        if (g->slot[i].refs)
+            continue;
+        g->slot[i].refs = 1;
+        g->slots_used++;
+        return (int)i;
+    }
+    return -1;
+}
+
 void write_slot_put(struct edm_engine *g, uint32_t i) {
     if (--g->slot[i].refs)
         return;

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 REPORT_EVERY_S: Final = 0.2
 DRAIN_S: Final = 30.0
+ANSWER_S: Final = 10.0
+"""Longest wait for one answer of the memory server, before it counts as lost."""
 
 
 class Launcher:
@@ -131,7 +133,7 @@ class DmHandler:
             run_dir=run_dir,
             store_dir=Path(config.path or run_dir) / "store",
             role="dm-handler",
-            deadline_s=10.0,
+            deadline_s=min(ANSWER_S, max(1.0, config.patience_s)),
             inheritance=inheritance,
         )
         self._server: PageServer | None = None

@@ -41,6 +41,7 @@ class Revival:
         self._most = most
         self._deaths: list[float] = []
         self._began: float | None = None
+        self._bereaved_at: float | None = None
         self._holder = 0
         self._holder_fd = -1
         self._segment = -1
@@ -93,6 +94,15 @@ class Revival:
             return False
         self._deaths.append(now)
         return True
+
+    def bereaved(self) -> bool:
+        """Whether the holder is gone, and that has been seen only just now."""
+        if self._holder_fd < 0 or self._holder_lives():
+            self._bereaved_at = None
+            return False
+        if self._bereaved_at is None:
+            self._bereaved_at = time.monotonic()
+        return time.monotonic() - self._bereaved_at < REST_S
 
     def overdue(self) -> bool:
         """Whether what was started together with the dead should have ended by now."""

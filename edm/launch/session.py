@@ -149,7 +149,10 @@ class Session:
             # Not by its socket's end: the holder has a copy of it.
             if select.select([pidfd], [], [], 0)[0]:
                 self._take(Event(role, "gone", {"pid": pid}))
-        self._revive()
+        self._drain_events(timeout_s)
+        self._revive()  # with all that was said before the end
+
+    def _drain_events(self, timeout_s: float) -> None:
         try:
             self._take(self._control.events.get(timeout=timeout_s) if timeout_s else self._control.events.get_nowait())
             while True:
@@ -226,6 +229,8 @@ class Session:
                 if self._revival.late():
                     self._failure = f"no sign of the {' and '.join(sorted(self._waiting_for))} after {READY_S:.0f} s"
                 continue
+            if self._revival.bereaved():
+                continue  # perhaps its last word, which names another holder, is on its way
             if self._revival.started.get(number) is process and not self._revival.again():
                 self._failure = f"what died could not be started again: {self._log_tail()}"
                 return

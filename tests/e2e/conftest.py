@@ -110,6 +110,20 @@ class Edm:
                 return processes, files
             time.sleep(0.05)
 
+    def pids(self, names):
+        """Pids of processes of this runner's that are called one of `names`: EDM's titles, or programs."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                title = (entry / "comm").read_text().strip()
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                ours = self._mark in (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if ours and (title in names or line in names):
+                found.append(int(entry.name))
+        return found
+
     def end(self, process):
         """Kill the session of a process started here."""
         if process.poll() is None:
@@ -127,6 +141,12 @@ class Edm:
                     stream.close()
         for pid in edm_processes(self._mark):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def make_edm():
+    """`Edm` itself, for tests that start many, one after the other."""
+    return Edm
 
 
 @pytest.fixture

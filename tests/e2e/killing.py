@@ -44,14 +44,23 @@ def victims_of(edm, names, wait_s=5.0):
     return []
 
 
-def run_with_death(edm, program, point, *, role="dm-handler", victim=None, transport="inproc", times=None, options=()):
-    """Run the stamped program with one death at `point` of `role`: its own, or another's while it holds still there."""
+def run_with_death(
+    edm, program, point, *, role="dm-handler", victim=None, transport="inproc", times=None, first_death=False
+):
+    """Run the stamped program with one death at `point` of `role`: its own, or another's while it holds still there.
+
+    first_death: the DM-Handler is killed before, so that the point of another one's start is reached.
+    """
     flag = edm.directory / "point"
     times = TIMES.get(point, 5) if times is None else times
     flag.write_text(f"{role} {point} {'hold' if victim else 'kill'} {times}\n")
     edm.environment[VARIABLE] = str(flag)
-    arguments = ["run", "--transport", transport, "--local-memory", "1M", "--write-back", "256K", *options]
+    arguments = ["run", "--transport", transport, "--local-memory", "1M", "--write-back", "256K"]
     process = edm.start(*arguments, "--", program, OPS)
+    if first_death:
+        victims_of(edm, ("edm: sidecar",), 40.0)
+        for pid in victims_of(edm, ("edm: dm-handler",)):
+            os.kill(pid, signal.SIGKILL)
     if victim:
         while flag.exists() and process.poll() is None:
             time.sleep(0.002)

@@ -189,3 +189,40 @@ def test_death_of_handler_and_launcher_ends_the_program(edm, running):
     while Path(f"/proc/{program}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{program}").exists()
+
+
+@pytest.mark.parametrize(("on_loss", "status"), [("poison", -signal.SIGBUS), ("kill", 70)])
+def test_a_memory_server_that_does_not_come_back(edm, program, tmp_path, on_loss, status):
+    endpoint = f"ipc://{tmp_path}/pages.sock"
+    server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
+    command = (program("working_set"), 8, 400)
+    process = edm.start(
+        *("run", "--dms", endpoint, "--local-memory", "2M", "--patience-s", 1, "--on-loss", on_loss),
+        *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2", "--", *command),
+    )
+    wait_for(process.pid, "edm: sidecar")
+    time.sleep(0.5)
+    server.kill()
+    server.wait(10)
+    out, err = process.communicate(timeout=80)
+    assert (process.returncode, out) == (status, b""), err
+    assert b"does not answer" in err
+    assert edm.left_behind() == ({}, [])
+
+
+def test_a_memory_server_that_comes_back_late_is_waited_for(edm, program, tmp_path):
+    endpoint = f"ipc://{tmp_path}/pages.sock"
+    server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
+    command = (program("working_set"), 8, 2)
+    process = edm.start(
+        *("run", "--dms", endpoint, "--local-memory", "2M", "--patience-s", 0.5),
+        *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2", "--", *command),
+    )
+    wait_for(process.pid, "edm: sidecar")
+    server.kill()
+    server.wait(10)
+    time.sleep(3)
+    assert process.poll() is None
+    edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
+    out, err = process.communicate(timeout=80)
+    assert (process.returncode, out) == (0, expected(command)), err

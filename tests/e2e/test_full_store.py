@@ -4,9 +4,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
+
+from edm.dms.status import ask_status
+from edm.errors import UsageError
 
 pytestmark = [
     pytest.mark.uffd,
@@ -76,3 +80,52 @@ def test_full_disk_is_waited_for(edm, program, tmp_path, disk, store, transport)
     counters = json.loads((tmp_path / "r.json").read_text())["counters"]
     assert counters["write_failures"] > 0
     assert counters["internal_errors"] == counters["lost"] == 0
+
+
+@pytest.mark.parametrize(("store", "limit"), [("memory", "28M"), pytest.param("lmdb", "40M", marks=pytest.mark.soak)])
+def test_limit_is_waited_for_until_another_program_lets_go(edm, program, tmp_path, store, limit):
+    """One memory server with room for one program's pages: the second waits until the first has ended."""
+    endpoint = f"ipc://{tmp_path}/s.sock"
+    server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "dms", "--store", store,
+                       "-o", f"store.{store}.limit={limit}")  # fmt: skip
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    hold = f"""
+import mmap
+m = mmap.mmap(-1, 24 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for i in range(0, len(m), 4096): m[i:i+8] = i.to_bytes(8, 'big')
+open({str(held)!r}).read()
+print(all(m[i:i+8] == i.to_bytes(8, 'big') for i in range(0, len(m), 4096)))
+"""
+    arguments = ("run", "--dms", endpoint, "--local-memory")
+    first = edm.start(*arguments, "12M", "--", sys.executable, "-c", hold)
+    wait_for(lambda: figures(tmp_path / "dms")[0] > 2000)
+    command = (program("working_set"), 24, 2)
+    second = edm.start(*arguments, "5M", "--report", tmp_path / "r.json", "--", *command)
+    wait_for(lambda: figures(tmp_path / "dms")[1] > 0)
+    time.sleep(1)
+    assert second.poll() is None
+    held.write_text("go on")
+    out, err = first.communicate(timeout=60)
+    assert (first.returncode, out) == (0, b"True\n"), err.decode()
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, err.decode()
+    assert out == subprocess.run(list(map(str, command)), capture_output=True, check=True).stdout
+    assert json.loads((tmp_path / "r.json").read_text())["counters"]["lost"] == 0
+    edm.end(server)
+
+
+def figures(directory):
+    """Pages that the server in `directory` holds, and how many it had to refuse."""
+    try:
+        store = ask_status(directory)["store"]
+    except UsageError:
+        return 0, 0
+    return store["pages"]["pages"], store["server"]["failed"]
+
+
+def wait_for(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -22,9 +22,8 @@ SHORT = [
     ("file", "rename", "ENOSPC", "lasting", "always", 1),
     ("file-packed", "write", "short", "once", "batch", 9),
     ("lmdb", "write", "ENOSPC", "lasting", "batch", 13),
-    ("lmdb", "write", "short", "once", "always", 13),
+    ("lmdb", "write", "short", "once", "always", 29),
     ("lmdb", "sync", "EIO", "once", "batch", 3),
-    ("lmdb-packed", "write", "EIO", "lasting", "batch", 13),
 ]
 ERRORS = {
     "write": ["EIO", "ENOSPC", "short"],

@@ -11,7 +11,7 @@ static uint32_t room_ahead(const struct edm_engine *g) {
 }
 
 static struct stream *stream_of(struct edm_engine *g, struct fault f) {
-    if (!g->cfg.ahead_pages || !f.thread)
+    if (!g->cfg.ahead_pages || !f.thread || f.space->late)  // with events to come that may rename what lies ahead
         return NULL;
     struct streams *t = &f.space->streams;
     uint64_t brought = t->total_brought, useful = t->total_useful;

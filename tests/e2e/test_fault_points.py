@@ -1,7 +1,7 @@
-"""A death at each fault point, under load: the program ends with the output it has alone, or is ended, never other bytes.
+"""A death at each fault point, under load: the program ends with the output it has alone, or is ended.
 
-The quick form kills at the points where most is half done; `make soak` at all of them, and every process at each over each
-transport, and prints what came of it.
+The quick form kills at the points where most is half done; `make soak` at all of them, and every process at each over
+each transport, and prints what came of it.
 """
 
 import subprocess

@@ -181,8 +181,9 @@ struct space {
     bool forked;  // its uffd came with a FORK event
     bool asks;    // adopted: only the DMS knows what it has of the pages that are not there
     struct lspt lspt;
-    struct ranges known;    // registered
-    struct ranges removed;  // had a REMOVE lately: pages there may predate it, see removed.c
+    struct ranges known;     // registered
+    struct ranges doubtful;  // of those, registered while an event was unread
+    struct ranges removed;   // had a REMOVE lately: pages there may predate it, see removed.c
     uint64_t removed_at_ns;
     struct suspect {
         int tid;

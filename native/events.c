@@ -33,6 +33,8 @@ void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m
     uint64_t from = page_of(m->arg.remap.from), to = page_of(m->arg.remap.to), n = page_of(m->arg.remap.len);
     ranges_del(&s->known, from, from + n);
     ranges_del(&s->known, to, to + n);
+    ranges_del(&s->doubtful, from, from + n);
+    ranges_del(&s->doubtful, to, to + n);
     if (!s->adopting)
         ranges_add(&s->known, to, to + n);
     space_move(s, from, to, n);
@@ -72,6 +74,7 @@ static void event_apply(struct edm_engine *g, struct space *s, const struct uffd
         if (order_owed(s, a, b))
             break;
         ranges_del(&s->known, a, b);
+        ranges_del(&s->doubtful, a, b);
         ranges_del(&s->removed, a, b);
         space_forget(s, a, b);
         break;

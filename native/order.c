@@ -32,10 +32,18 @@ static bool late_touches(const struct space *s, uint64_t a, uint64_t b) {
     return false;
 }
 
+// Whether pages of [a, b) were known before the last event was read.
+static bool others_known(const struct space *s, uint64_t a, uint64_t b) {
+    for (uint64_t e; ranges_gap(&s->doubtful, &a, b, &e); a = e)
+        if (ranges_touch(&s->known, a, e))
+            return true;
+    return false;
+}
+
 // A remap to where other pages are known: what takes those away has not been read. True when it was put off.
 bool order_put_off(struct space *s, const struct uffd_msg *m) {
     uint64_t to = page_of(m->arg.remap.to), n = page_of(m->arg.remap.len);
-    return s->ops->changing && !s->adopting && ranges_touch(&s->known, to, to + n) && put_off(s, m);
+    return s->ops->changing && !s->adopting && others_known(s, to, to + n) && put_off(s, m);
 }
 
 // A removal of pages that are still to be brought there: it comes behind that.
@@ -95,7 +103,7 @@ void order_catch_up(struct edm_engine *g, struct space *s, bool all) {
         bool remap = m->event == UFFD_EVENT_REMAP;
         uint64_t a = page_of(remap ? m->arg.remap.to : m->arg.remove.start);
         uint64_t b = remap ? a + page_of(m->arg.remap.len) : page_of(m->arg.remove.end);
-        if (!m->event || (remap && !all && ranges_touch(&s->known, a, b)) || (!remap && late_touches(s, a, b)))
+        if (!m->event || (remap && !all && others_known(s, a, b)) || (!remap && late_touches(s, a, b)))
             continue;
         if (remap)
             event_remap(g, s, m);
@@ -110,12 +118,13 @@ void order_catch_up(struct edm_engine *g, struct space *s, bool all) {
 
 // Called now and then: while no event is unread, none is owed.
 void order_settle(struct edm_engine *g, struct space *s) {
-    if ((!s->late && !s->unquiet) || s->applying || s->batch_busy || s->ops->changing(s))
+    if ((!s->late && !s->unquiet && !s->doubtful.n) || s->applying || s->batch_busy || s->ops->changing(s))
         return;
     order_catch_up(g, s, true);
     for (int i = 0; i < STATE_LATE; i++)
         s->state->source[i].n = 0;
     s->unquiet = false;
+    s->doubtful.n = 0;
     for (uint32_t i = 0; i < g->nspaces; i++)
         if (g->space[i]->parent == s)
             g->space[i]->young = false;

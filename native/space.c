@@ -67,6 +67,7 @@ void space_unref(struct space *s) {
             break;
         }
     ranges_free(&s->known);
+    ranges_free(&s->doubtful);
     ranges_free(&s->removed);
     ranges_free(&s->stack_tops);
     free(s->suspect);

@@ -197,18 +197,16 @@ static void accept_registered(struct space *s, const struct ranges *fresh) {
     struct mappings again;
     if (!mappings_read(s, &again))
         return;
-    if (s->ops->changing(s)) {
-        // Something of what was seen belongs to an event that is to be read: what is there now may be known by another
-        // address.
-        free(again.v);
-        s->sweep_soon = true;
-        return;
-    }
+    // Something of what was seen may belong to an event that is to be read. It will put that right; until then nothing
+    // can leave from there, and a remap to there need not wait for anything.
+    bool doubtful = s->ops->changing(s);
     for (uint32_t i = 0; i < fresh->n; i++)
         for (uint32_t k = 0; k < again.n; k++) {
             uint64_t a = fresh->v[i].a, b = fresh->v[i].b;
             if (again.v[k].a <= a && again.v[k].b >= b && unprotected(s, a, b)) {
                 ranges_add(&s->known, a, b);
+                if (doubtful)
+                    ranges_add(&s->doubtful, a, b);
                 join_settled(s, a, b);
                 break;
             }

@@ -90,11 +90,7 @@ struct edm_engine *edm_engine_adopt(const struct edm_engine_config *config, int3
         g->adopted = true;
         r = engine_make(g);
     }
-    if (!r)
-        return g;
-    edm_engine_free(g);
-    errno = -r;
-    return NULL;
+    return engine_or_errno(g, r);
 }
 
 void edm_engine_release(struct edm_engine *g) {
@@ -264,8 +260,12 @@ static bool attach_again(struct space *s) {
         munmap(c, EDM_CTL_BYTES);
         c = NULL;
     }
-    if (!c)
+    if (!c) {
+        if (s->ctl_fd >= 0)
+            close(s->ctl_fd);
+        s->ctl_fd = s->state->ctl[s->engine->turn] = -1;
         return true;
+    }
     if (space_attach(s, c, s->ctl_fd, s->pid)) {
         stop(s, "the new DM-Handler cannot look at it");
         return false;

@@ -157,6 +157,10 @@ struct edm_engine *edm_engine_new(const struct edm_engine_config *config) {
     int r = g ? state_create(g, buffer_slots(config)) : -errno;
     if (!r)
         r = engine_make(g);
+    return engine_or_errno(g, r);
+}
+
+struct edm_engine *engine_or_errno(struct edm_engine *g, int r) {
     if (!r)
         return g;
     edm_engine_free(g);

@@ -244,7 +244,6 @@ struct outbox_item {
     uint64_t a, b, c;  // structural requests: see edm_outbox in edm_abi.h
     uint32_t slot, checksum;
     uint32_t next;  // index + 1
-    uint32_t home;  // of the space, in the segment's table
     uint8_t kind, state;
     bool rescuing;  // its page is being copied back, or has been
 };
@@ -349,6 +348,8 @@ void queue_fault(struct fault_queue *q, struct fault f);
 bool queue_pop(struct fault_queue *q, struct fault *out);
 struct edm_engine *engine_alloc(const struct edm_engine_config *config);
 int engine_make(struct edm_engine *g);
+// `g`; or NULL with errno set, and `g` freed, if r is a negative errno.
+struct edm_engine *engine_or_errno(struct edm_engine *g, int r);
 int lpet_start(struct edm_engine *g);
 void *xcalloc(size_t n, size_t size);
 void *xrealloc(void *p, size_t size);

@@ -15,7 +15,7 @@
 #define STATE_SPACES 65536
 #define STATE_EVENTS 256
 #define STATE_LATE 64
-#define STATE_ITEMS (1u << 24)
+#define STATE_ITEMS (1u << 22)
 #define EVENT_AT 65536u
 #define NOT_YET ((1ull << 48) - 1)  // a sequence that is never committed
 

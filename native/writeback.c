@@ -68,12 +68,8 @@ uint32_t outbox_push(struct edm_engine *g, int kind, struct space *s) {
     g->free_item = o->next;
     o->seq = ++g->seq;  // first: whatever is found in it from here on has not been committed
     STATE_BARRIER();
-    *o = (struct outbox_item){.space = s,
-                              .seq = g->seq,
-                              .region = s->region,
-                              .home = s->state ? (uint32_t)(s->state - g->state_space) : UINT32_MAX,
-                              .kind = (uint8_t)kind,
-                              .state = OB_QUEUED};
+    *o =
+        (struct outbox_item){.space = s, .seq = g->seq, .region = s->region, .kind = (uint8_t)kind, .state = OB_QUEUED};
     s->refs++;
     if (g->tail)
         ITEM(g, g->tail)->next = id;

@@ -110,8 +110,9 @@ class Workers:
             except TransportError as error:
                 try:
                     self._again(error, partial(fetch, refs, pages), gives_up=True)
-                except TransportError:
-                    if self._on_loss != "poison":
+                except TransportError as last:
+                    # One that is known to be gone may be started again: that is the launcher's to say.
+                    if self._on_loss != "poison" or isinstance(last, PeerLost):
                         raise
                     refs["status"] = GetStatus.LOST
             resolve(worker, count)

@@ -191,6 +191,8 @@ class Session:
         self._revival.instances = details.get("instances", self._revival.instances)
         if not self._waiting_for and self._revival.done():
             self._warn_each(f"the {TITLES[role]} is there again; the program goes on")
+        if self._finishing and role == "dm-handler":
+            self._control.send("dm-handler", "finish")  # the one that was told has died of it
 
     def _gone(self, role: str, pid: int) -> None:
         if role in self._alive:

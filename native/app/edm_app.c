@@ -207,8 +207,22 @@ static bool gone(int32_t pid) {
 
 // Without anything to do for a second. Our copy of the uffd keeps the program's faults waiting when nobody else has one
 // any more; if nobody is left who could start a DM-Handler that takes over, it must end.
-static void side_look(struct edm_ctl *c) {
-    if (c->holder_pid > 0 && gone(c->handler_pid) && gone(c->holder_pid))
+// Only of those that were seen here: in another namespace, or without /proc, everybody seems to be gone.
+struct served_by {
+    int32_t handler, holder;
+};
+
+static void side_see(const struct edm_ctl *c, struct served_by *seen) {
+    if (c->handler_pid != seen->handler && !gone(c->handler_pid))
+        seen->handler = c->handler_pid;
+    if (c->holder_pid != seen->holder && !gone(c->holder_pid))
+        seen->holder = c->holder_pid;
+}
+
+static void side_look(struct edm_ctl *c, struct served_by *seen) {
+    side_see(c, seen);
+    if (c->holder_pid > 0 && c->handler_pid == seen->handler && c->holder_pid == seen->holder && gone(c->handler_pid) &&
+        gone(c->holder_pid))
         CALL(SYS_kill, c->app_pid, SIGKILL, 0);
     if (CALL(SYS_kill, c->app_pid, 0, 0) == -ESRCH)
         CALL(SYS_exit_group, 0, 0, 0);
@@ -222,13 +236,15 @@ static int sidecar(void *arg) {
         CALL(SYS_close_range, 0, c->uffd - 1, 0);
     CALL(SYS_close_range, c->uffd + 1, ~0u, 0);
     uint32_t last = 0;
+    struct served_by seen = {0, 0};
+    side_see(c, &seen);
     for (;;) {
         uint32_t req;
         while ((req = __atomic_load_n(&c->req, __ATOMIC_ACQUIRE)) == last) {
             struct timespec second = {1, 0};
             long r = CALL6(SYS_futex, &c->req, FUTEX_WAIT, last, &second, 0, 0);
             if (r == -ETIMEDOUT)
-                side_look(c);
+                side_look(c, &seen);
         }
         last = req;
         if (c->op == EDM_OP_EXIT)

@@ -61,10 +61,12 @@ def run_with_death(
         victims_of(edm, ("edm: sidecar",), 40.0)
         for pid in victims_of(edm, ("edm: dm-handler",)):
             os.kill(pid, signal.SIGKILL)
+    reached = False
     if victim:
         while flag.exists() and process.poll() is None:
             time.sleep(0.002)
-        if not flag.exists():
+        reached = not flag.exists()
+        if reached:
             for pid in victims_of(edm, victim):
                 try:
                     os.kill(pid, signal.SIGKILL)
@@ -72,7 +74,7 @@ def run_with_death(
                     continue
             flag.write_text("")
     out, err = process.communicate(timeout=60)
-    return Death(victim is not None or not flag.exists(), process.returncode, out, err.decode(errors="replace"))
+    return Death(reached if victim else not flag.exists(), process.returncode, out, err.decode(errors="replace"))
 
 
 __all__ = ["ADOPTING", "LIVING", "SERVER_POINTS", "Death", "run_with_death"]

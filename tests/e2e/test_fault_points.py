@@ -72,6 +72,7 @@ def test_whoever_dies_wherever(tmp_path_factory, make_edm, program, plain):
                 names = VICTIMS.get(victim)
                 death = run_with_death(edm, program("stamped"), point, victim=names, transport=transport)
                 case = f"{transport}, {victim} at {point}"
+                assert death.reached, case
                 if victim == "app":
                     assert death.status in {-9, 0, 1}, (case, death)
                     assert death.out == b"" or death.out == plain or b"status 0x9" in death.out, (case, death)

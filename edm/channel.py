@@ -136,7 +136,7 @@ class Conversation:
         if self._carried is None:
             return False
         place = ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(into, require_writable=True)
-        result = lib.edm_conversation_fetch(self._native, *place, C_PATIENCE_S)
+        result = lib.edm_conversation_fetch(self._native, *place, self._patience(deadline))
         if self._under_way(result, deadline):
             receive_pages(self, refs, into)
             return True
@@ -147,10 +147,14 @@ class Conversation:
         if self._carried is None:
             return None
         place = ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(pages)
-        result = lib.edm_conversation_evict(self._native, *place, C_PATIENCE_S)
+        result = lib.edm_conversation_evict(self._native, *place, self._patience(deadline))
         if self._under_way(result, deadline):
             return receive_ack(self, refs)
         return None if result else ""
+
+    @staticmethod
+    def _patience(deadline: float) -> float:
+        return min(C_PATIENCE_S, max(deadline - time.monotonic(), 0.0))
 
     def _under_way(self, result: int, deadline: float) -> bool:
         """Whether a request of C's has no answer yet: its reply is for `finish`, which goes on waiting."""

@@ -18,6 +18,8 @@ OPS_VERSION: Final = 1
 CHANNEL: Final = b"edm.channel_ops"
 SERVER: Final = b"edm.server_ops"
 PAGE_STORE: Final = b"edm.page_store_ops"
+SERVER_BYTES: Final = 32
+"""sizeof(struct edm_server_ops)."""
 
 _new = ctypes.pythonapi.PyCapsule_New
 _new.restype, _new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]

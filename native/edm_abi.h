@@ -385,6 +385,55 @@ void edm_mpi_serving_posted(struct edm_mpi_serving *serving);
 void edm_mpi_serving_stop(struct edm_mpi_serving *serving);
 void edm_mpi_serving_free(struct edm_mpi_serving *serving);
 
+/* ---- ZeroMQ without Python (native/zmq_link.c, zmq_serving.c): called by edm.plugins.transport_zmq --------------- */
+
+/* The libzmq that pyzmq has loaded, as it was found at run time. */
+struct edm_zmq {
+    void *msg_init, *msg_init_data, *msg_recv, *msg_send, *msg_size, *msg_data, *msg_more, *msg_gets, *msg_close;
+    void *send, *recv, *poll, *getsockopt, *setsockopt;
+};
+
+/* A DM-Handler's end: messages over one DEALER, which pyzmq has set up and connected. `zmq`, `socket`, `reply` outlive
+   it. NULL: no memory. */
+struct edm_zmq_link;
+struct edm_zmq_link *edm_zmq_link_new(const struct edm_zmq *zmq, void *socket, void *reply, uint64_t capacity);
+const void *edm_zmq_link_carrier(const struct edm_zmq_link *link);
+/* As native/carrier.h says; times in seconds of CLOCK_MONOTONIC. -ESHUTDOWN: closed; -EMSGSIZE: a reply that is no
+   single message of EDM's size; -EINTR: a signal is for Python; another negative errno: libzmq's. */
+int edm_zmq_link_send(struct edm_zmq_link *link, const void *frame, uint64_t length, double deadline);
+int64_t edm_zmq_link_receive(struct edm_zmq_link *link, double until);
+/* Any thread: ends a wait in another, within a tenth of a second; the socket is the caller's alone then. */
+void edm_zmq_link_close(struct edm_zmq_link *link);
+void edm_zmq_link_free(struct edm_zmq_link *link);
+
+#define EDM_ZMQ_IDLE 0    /* nothing for as long as it waits */
+#define EDM_ZMQ_MESSAGE 1 /* one for Python is in `request` */
+#define EDM_ZMQ_BUSY 2    /* something was answered or thrown away */
+#define EDM_ZMQ_KEY_CHARACTERS 40
+
+/* A memory server's end. Who sent the message that waits for Python, and what was answered without it. */
+struct edm_zmq_served {
+    uint8_t identity[256];
+    uint32_t identity_bytes;
+    char key[41]; /* the sender's public key, "" where it has none */
+    uint64_t length, gets, pages_sent;
+};
+
+/* server: an "edm.server_ops", or NULL: then all messages are Python's. keyed: whether an instance belongs to a key.
+   NULL: no memory. */
+struct edm_zmq_serving;
+struct edm_zmq_serving *edm_zmq_serving_new(const struct edm_zmq *zmq, void *socket, const void *server, bool keyed,
+                                            void *request, uint64_t capacity);
+/* Take and answer messages; wait for the first for idle_ms (0: not at all). EDM_ZMQ_… or a negative errno of libzmq's;
+   a signal ends the wait. */
+int edm_zmq_serve(struct edm_zmq_serving *serving, int idle_ms);
+const struct edm_zmq_served *edm_zmq_served(const struct edm_zmq_serving *serving);
+/* From now on gets for `instance` from the sender of the last message for Python may be answered, or (0) none any more
+   until Python says so again. */
+void edm_zmq_serving_allow(struct edm_zmq_serving *serving, uint32_t instance);
+/* Once the context of the socket is terminated: libzmq may hold replies until then. */
+void edm_zmq_serving_free(struct edm_zmq_serving *serving);
+
 /* ---- stores: the SPT's table (native/spt_table.c, spt_replay.c) ------------------------------------------------ */
 
 /* Region and page number to slot, version and checksum, with slots counted by reference. One thread at a time. Every

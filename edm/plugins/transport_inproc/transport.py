@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from edm._native import ffi, lib
 from edm.errors import PeerLost, TransportTimeout, UsageError
-from edm.ops import CHANNEL, SERVER, address_of, capsule
+from edm.ops import CHANNEL, SERVER, SERVER_BYTES, address_of, capsule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edm.interfaces import PageServer
     from edm.types import PageRefs
-
-SERVER_BYTES: Final = 32
-"""sizeof(struct edm_server_ops)."""
 
 
 class InprocTransport:

@@ -16,7 +16,7 @@ import attrs
 
 from edm._native import ffi, lib
 from edm.dms.answering import Answerer
-from edm.ops import SERVER, address_of
+from edm.ops import SERVER, SERVER_BYTES, address_of
 from edm.plugins.transport_mpi.library import waits_of
 from edm.wire import Frame, Kind
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SERVER_BYTES: Final = 32
-"""sizeof(struct edm_server_ops)."""
 IDLE_S: Final = 0.1
 """Longest wait for a request before looking around."""
 MAX_UNSENT: Final = 16

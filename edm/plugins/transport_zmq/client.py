@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 import zmq
 
 from edm.channel import Session
-from edm.errors import MissingExtra, PeerLost, ProtocolError, TransportError, TransportTimeout, UsageError
+from edm.errors import MissingExtra, PeerLost, TransportError, UsageError
 from edm.plugins.transport_zmq.endpoints import own_endpoint
-from edm.plugins.transport_zmq.sockets import SLICE_MS, configure_client
+from edm.plugins.transport_zmq.link import ZmqLink, open_link
 from edm.spread import open_channel
 from edm.wire import Frame, Kind
 
@@ -26,62 +26,6 @@ SIGN_OF_LIFE_S: Final = 5.0
 GOODBYE_S: Final = 1.0
 NAME_BYTES: Final = 12
 """Of a connection's identity, how many bytes name the client; 4 more name the channel."""
-
-
-class ZmqLink:
-    """A DEALER socket to one memory server."""
-
-    def __init__(self, context: zmq.Context[Any], endpoint: str, identity: bytes, options: ZmqOptions) -> None:
-        self.reply = Frame()
-        self._endpoint = endpoint
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, identity)
-        configure_client(self._socket, options)
-        self._socket.connect(endpoint)
-        self._closed = False
-        # Held while libzmq is called: a socket is not for two threads, and `close` may come from another.
-        self._using = threading.Lock()
-
-    def send(self, frame: Frame, length: int, deadline: float) -> None:
-        """Queue the message; waits for a connection until `deadline`."""
-        with self._using:
-            while not self._closed:
-                try:
-                    self._socket.send(frame.view[:length], zmq.NOBLOCK)
-                except zmq.Again:
-                    remaining_ms = (deadline - time.monotonic()) * 1000
-                    if remaining_ms <= 0:
-                        raise TransportTimeout(f"cannot reach the memory server at {self._endpoint}") from None
-                    self._socket.poll(min(SLICE_MS, remaining_ms), zmq.POLLOUT)
-                else:
-                    return
-        raise PeerLost("the channel is closed")
-
-    def receive(self, until: float) -> int:
-        """Receive into `reply`; looks every `SLICE_MS` whether the link was closed."""
-        with self._using:
-            while not self._closed:
-                try:
-                    length: int = self._socket.recv_into(self.reply.view)
-                except zmq.Again:
-                    if time.monotonic() >= until:
-                        return 0
-                    continue
-                if length > self.reply.capacity or self._socket.getsockopt(zmq.RCVMORE):
-                    self._drain()
-                    raise ProtocolError("a reply that is no single message of EDM's size")
-                return length
-        raise PeerLost("the channel is closed")
-
-    def close(self) -> None:
-        """End a wait in another thread, and close the socket; a second call does nothing."""
-        self._closed = True
-        with self._using:
-            self._socket.close()
-
-    def _drain(self) -> None:
-        while self._socket.getsockopt(zmq.RCVMORE):
-            self._socket.recv_into(bytearray())
 
 
 class ZmqClient:
@@ -131,7 +75,7 @@ class ZmqClient:
         self._context.term()
 
     def _link(self, endpoint: str, number: int) -> ZmqLink:
-        return ZmqLink(self._context, endpoint, self._name + number.to_bytes(4, "big"), self._options)
+        return open_link(self._context, endpoint, self._name + number.to_bytes(4, "big"), self._options)
 
     def _live(self) -> None:
         """Tell every server now and then that this client is there, and at the end that it goes."""

@@ -92,12 +92,12 @@ class AllowList:
         import zmq  # noqa: PLC0415
 
         self._keys = frozenset(keys)
-        self._again = zmq.Again
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0
-        self._socket.rcvtimeo = 250
         self._socket.bind(_ZAP)
-        self._ending = threading.Event()
+        self._end = context.socket(zmq.REQ)
+        self._end.linger = 0
+        self._end.connect(_ZAP)
         self._thread = threading.Thread(target=self._serve, name="edm-keys", daemon=True)
         self._thread.start()
 
@@ -106,18 +106,18 @@ class AllowList:
         self._keys = frozenset(keys)
 
     def close(self) -> None:
-        """End the thread."""
-        self._ending.set()
-        self._thread.join()
+        """End the thread; a second call does nothing."""
+        if not self._end.closed:
+            self._end.send(b"")
+            self._thread.join()
+            self._end.close()
 
     def _serve(self) -> None:
         import zmq.utils.z85 as z85  # noqa: PLC0415, PLR0402
 
-        while not self._ending.is_set():
-            try:
-                version, request, _, address, _, mechanism, *credentials = self._socket.recv_multipart()
-            except self._again:
-                continue
+        # libzmq's question has six parts and more; one is `close`.
+        while len(question := self._socket.recv_multipart()) > 1:
+            version, request, _, address, _, mechanism, *credentials = question
             key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
             allowed = key in self._keys
             if not allowed:

@@ -6,17 +6,21 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import zmq
 
+from edm._native import ffi, lib
 from edm.dms.answering import Answerer, Figures
-from edm.errors import EdmError, UsageError
+from edm.errors import EdmError, TransportError, UsageError
+from edm.ops import SERVER, SERVER_BYTES, address_of
 from edm.plugins.transport_zmq.client import NAME_BYTES
 from edm.plugins.transport_zmq.endpoints import own_endpoint
 from edm.plugins.transport_zmq.keys import AllowList, read_list
-from edm.plugins.transport_zmq.sockets import configure_server
+from edm.plugins.transport_zmq.library import find_library, socket_of
+from edm.plugins.transport_zmq.sockets import SLICE_MS, configure_server
 from edm.wire import Kind
 
 if TYPE_CHECKING:
@@ -34,7 +38,14 @@ SILENT_S: Final = 30.0
 """A client of which nothing was heard for so long is gone; it gives a sign of life every few seconds."""
 DRAIN_S: Final = 2.0
 """How long a server that ends goes on answering what has arrived."""
+IDLE_MS: Final = 1000
+"""Longest wait of a server that has been idle for a while: a signal ends it at once, a stop by a thread does not."""
+INSTANCE_AT: Final = slice(12, 16)
+"""Of a message. Source: docs/protocol.md."""
 OWNERS_FILE: Final = "clients.json"
+
+Wait = Callable[[int], "tuple[bytes, str, int] | None"]
+"""Waits so many milliseconds for a message: who sent it, with which key, and its length, 0 if it was thrown away."""
 
 
 @attrs.frozen
@@ -76,6 +87,7 @@ class ZmqServing:
         """When each client came, and when it was heard last."""
         self._closed = False
         self._answerer: Answerer | None = None
+        self._natives: list[Any] = []
         self._gate = KeyGate(context.store_dir / OWNERS_FILE) if options.key else None
         self._context: zmq.Context[Any] = zmq.Context()
         self._allowed = (
@@ -96,30 +108,82 @@ class ZmqServing:
     def serve(self, server: PageServer, stop: threading.Event) -> None:
         """Answer until `stop` is set; a private server also ends when every client has said goodbye."""
         self._answerer = answerer = Answerer(server, self._gate)
-        had_clients = False
+        wait = self._wait_in_c(server) or self._wait
+        had_clients, idle_ms = False, SLICE_MS
         while not stop.is_set() and not (self._private and had_clients and not self._seen):
-            self._answer_one(answerer)
+            idle_ms = SLICE_MS if self._answer_some(answerer, wait, idle_ms) else min(2 * idle_ms, IDLE_MS)
             had_clients = had_clients or bool(self._seen)
         # What has arrived is answered still; who asks later will ask the next server.
-        self._socket.setsockopt(zmq.RCVTIMEO, 0)
         end = time.monotonic() + DRAIN_S
-        while time.monotonic() < end and self._answer_one(answerer):
+        while time.monotonic() < end and self._answer_some(answerer, wait, 0):
             """Until nothing is left."""
 
-    def _answer_one(self, answerer: Answerer) -> bool:
-        """Whether there was a message within the socket's time."""
-        try:
-            identity, key = self._receive_identity()
-        except zmq.Again:
+    def _answer_some(self, answerer: Answerer, wait: Wait, idle_ms: int) -> bool:
+        """Whether there was a message within that time."""
+        message = wait(idle_ms)
+        if message is None:
             return False
-        length = self._receive_message()
+        identity, key, length = message
         if length:
             client = Client(identity[:NAME_BYTES], key)
             reply = answerer.answer(length, client)
             self._note(client, answerer.kind)
             if reply:
                 self._reply(identity, reply)
+            if self._gate is not None and self._native is not None:
+                self._say_who_may(client, answerer)
         return True
+
+    def _say_who_may(self, client: Client, answerer: Answerer) -> None:
+        """Tell C whose gets it may answer from now on, as the one just answered shows."""
+        assert self._gate is not None
+        if answerer.kind == Kind.GET:
+            instance = int.from_bytes(answerer.request.view[INSTANCE_AT], "little")
+            if instance and self._gate.may_use(client, instance):
+                lib.edm_zmq_serving_allow(self._native, instance)
+        elif answerer.kind == Kind.CONTROL:
+            # May have given an instance to someone.
+            lib.edm_zmq_serving_allow(self._native, 0)
+
+    def _wait_in_c(self, server: PageServer) -> Wait | None:
+        """How C takes messages, and answers gets itself where the server has a table; None where it cannot."""
+        library = find_library()
+        if library is None:
+            return None
+        assert self._answerer is not None
+        table = ffi.cast("void *", address_of(server, SERVER, SERVER_BYTES))
+        frame = self._answerer.request
+        native = lib.edm_zmq_serving_new(
+            library, socket_of(self._socket), table, self._gate is not None, frame.pointer, frame.capacity
+        )
+        if native == ffi.NULL:
+            raise MemoryError
+        self._natives.append((native, library))
+        served = lib.edm_zmq_served(native)
+        buffer = ffi.buffer(served.identity)
+
+        def wait(idle_ms: int) -> tuple[bytes, str, int] | None:
+            result = lib.edm_zmq_serve(native, idle_ms)
+            if result == lib.EDM_ZMQ_MESSAGE:
+                key = ffi.string(served.key).decode(errors="replace")
+                return buffer[: served.identity_bytes], key, served.length
+            if result < 0:
+                raise TransportError(f"cannot receive: {os.strerror(-result)}")
+            return (b"", "", 0) if result == lib.EDM_ZMQ_BUSY else None
+
+        return wait
+
+    def _wait(self, idle_ms: int) -> tuple[bytes, str, int] | None:
+        self._socket.setsockopt(zmq.RCVTIMEO, idle_ms)
+        try:
+            identity, key = self._receive_identity()
+        except zmq.Again:
+            return None
+        return identity, key, self._receive_message()
+
+    @property
+    def _native(self) -> Any:
+        return self._natives[-1][0] if self._natives else None
 
     def peers(self) -> int:
         """How many clients there are, of those that were heard lately."""
@@ -128,7 +192,12 @@ class ZmqServing:
 
     def figures(self) -> dict[str, Any]:
         """What was answered so far."""
-        return attrs.asdict(self._answerer.figures if self._answerer else Figures())
+        figures = attrs.asdict(self._answerer.figures if self._answerer else Figures())
+        if self._natives:
+            served = lib.edm_zmq_served(self._native)
+            figures["gets"] += served.gets
+            figures["pages_sent"] += served.pages_sent
+        return figures
 
     def reload(self, options: ZmqOptions) -> None:
         """Take over a changed allow-list; raises `UsageError` and keeps the old one if it cannot be read."""
@@ -144,6 +213,9 @@ class ZmqServing:
         if self._allowed is not None:
             self._allowed.close()
         self._context.term()
+        # libzmq sends replies from where they are, until then.
+        while self._natives:
+            lib.edm_zmq_serving_free(self._natives.pop()[0])
 
     def _endpoints(self, context: RunContext) -> tuple[str, ...]:
         return self._options.listen or (own_endpoint(context.run_dir),)

@@ -159,8 +159,10 @@ struct source_ops {
     uint64_t (*pfn)(struct space *s, uint64_t page);          // 0: may not be read; the call may be NULL
     int (*forked)(struct space *child, const struct uffd_msg *msg);
     bool (*gone)(struct space *s);
-    // Where events of several threads may come in another order than what they tell of; both NULL elsewhere.
+    // Where events of several threads may come in another order than what they tell of; all NULL elsewhere.
     bool (*mapped)(struct space *s, uint64_t page);
+    // Adds to `out` what of [a, b) the kernel has registered now; false if that cannot be told. Slow.
+    bool (*registered)(struct space *s, uint64_t a, uint64_t b, struct ranges *out);
     bool (*changing)(struct space *s);  // an event is unread, or its system call has not gone on
     void (*retire)(struct space *s);
 };
@@ -176,6 +178,7 @@ struct space {
     struct state_space *state;  // what outlives this process; NULL once it is dead
     uint32_t late;              // remaps that were put off, see order.c
     bool unquiet;               // there may be events that are unread, or owed
+    bool unsure;                // since it was quiet last, an event was read that could have meant something else
     bool young;                 // forked since its parent was quiet last
     bool adopting;
     bool forked;  // its uffd came with a FORK event
@@ -196,11 +199,12 @@ struct space {
     uint64_t barrier;  // outbox sequence that must be done before a page of this space is fetched
     uint32_t refs;     // outbox items, fetch slots and waiting faults that point here
     bool dead, ready;
-    bool batch_busy;      // the LPET is moving pages out of it
-    bool dropping;        // staging is being emptied
-    bool draining;        // the LPET waits for that; the control page stays mapped till then
-    bool applying;        // events have been read and not yet applied: nothing else may touch the table
-    pthread_cond_t idle;  // batch_busy, draining or applying fell, or the space died
+    bool batch_busy;       // the LPET is moving pages out of it
+    bool dropping;         // staging is being emptied
+    bool draining;         // the LPET waits for that; the control page stays mapped till then
+    bool staging_touched;  // pages came there that no batch has moved: it must be emptied before the next
+    bool applying;         // events have been read and not yet applied: nothing else may touch the table
+    pthread_cond_t idle;   // batch_busy, draining or applying fell, or the space died
     // uffd
     int sidecar_cpu;  // where it was put; -1: nowhere in particular
     int uffd, ctl_fd, pid, pidfd, sidecar_pid, sidecar_fd, pagemap_fd, statm_fd;
@@ -378,12 +382,14 @@ static inline bool space_asks(const struct space *s);
 void space_read(struct edm_engine *g, struct space *s, int worker);
 void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m);
 void event_remove(struct space *s, uint64_t a, uint64_t b);
+void event_unmap(struct space *s, uint64_t a, uint64_t b);
 // order.c
+bool mappings_flagged(int pid, const char *flag, uint64_t a, uint64_t b, struct ranges *out);
 bool order_put_off(struct space *s, const struct uffd_msg *m);
 bool order_put_off_removal(struct space *s, uint64_t a, uint64_t b, const struct uffd_msg *m);
 bool order_waits(const struct space *s, uint64_t page);
-void order_moved(struct space *s, uint64_t from, uint64_t to, uint64_t n, bool unmapped);
-bool order_owed(struct space *s, uint64_t a, uint64_t b);
+void order_moved(struct space *s, uint64_t from, uint64_t n);
+void order_unmap(struct space *s, uint64_t a, uint64_t b);
 void order_catch_up(struct edm_engine *g, struct space *s, bool all);
 void order_settle(struct edm_engine *g, struct space *s);
 // Whether a message is an address-space event of the program's own: not the sidecar's drops of staging.

@@ -46,8 +46,15 @@ void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m
             space_move(child, from, to, n);
     }
     point(POINT_move_done);
-    order_moved(s, from, to, n, m->reserved3 != 0);
+    order_moved(s, from, n);
     s->sweep_soon = true;
+}
+
+void event_unmap(struct space *s, uint64_t a, uint64_t b) {
+    ranges_del(&s->known, a, b);
+    ranges_del(&s->doubtful, a, b);
+    ranges_del(&s->removed, a, b);
+    space_forget(s, a, b);
 }
 
 static void event_apply(struct edm_engine *g, struct space *s, const struct uffd_msg *m) {
@@ -71,12 +78,7 @@ static void event_apply(struct edm_engine *g, struct space *s, const struct uffd
         uint64_t a = page_of(m->arg.remove.start), b = page_of(m->arg.remove.end);
         g->count.events_unmap++;
         s->sweep_soon = true;
-        if (order_owed(s, a, b))
-            break;
-        ranges_del(&s->known, a, b);
-        ranges_del(&s->doubtful, a, b);
-        ranges_del(&s->removed, a, b);
-        space_forget(s, a, b);
+        order_unmap(s, a, b);
         break;
     }
     default:
@@ -195,6 +197,7 @@ void events_again(struct edm_engine *g, struct space *s) {
         at++;
     for (int i = 0; i < STATE_LATE; i++)
         s->late += s->state->late[i].event != 0;
+    s->unquiet = s->unsure = true;
     // A thread that is let go on may owe another event; what was put off comes behind all of them.
     for (int tries = 0; tries < QUIET_TRIES;) {
         events_apply(g, s, at, n);

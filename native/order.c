@@ -16,6 +16,7 @@ static bool put_off(struct space *s, const struct uffd_msg *m) {
             STATE_BARRIER();
             s->state->late[i].event = m->event;
             s->late++;
+            s->unsure = true;
             return true;
         }
     return false;
@@ -53,47 +54,79 @@ bool order_put_off_removal(struct space *s, uint64_t a, uint64_t b, const struct
 
 bool order_waits(const struct space *s, uint64_t page) { return s->late && late_touches(s, page, page + 1); }
 
-// Pages have been moved, and their source perhaps unmapped: of the unmap that is still to come nothing at the source
-// may suffer that comes there before.
-void order_moved(struct space *s, uint64_t from, uint64_t to, uint64_t n, bool unmapped) {
-    struct state_source *free_ = NULL;
+// Pages have been moved: of the unmap of where they were, which is still to come, nothing may suffer that comes there
+// before it.
+void order_moved(struct space *s, uint64_t from, uint64_t n) {
     if (!s->ops->changing)
         return;
+    s->unquiet = true;
     for (int i = 0; i < STATE_LATE; i++) {
         struct state_source *e = &s->state->source[i];
-        if (!e->n)
-            free_ = e;
-        else if (e->a < to + n && to < e->a + e->n)
-            e->taken = true;
+        if (e->n)
+            continue;
+        e->a = from;
+        STATE_BARRIER();
+        e->n = n;
+        return;
     }
-    s->unquiet = true;
-    if (!free_ || unmapped)
-        return;  // dozens of threads remap at once: then an unmap counts as it comes
-    free_->a = from;
-    free_->taken = false;
-    STATE_BARRIER();
-    free_->n = n;
+    // Dozens of threads remap at once: then an unmap counts as it comes.
 }
 
-// Whether an unmap is the one owed by a remap from there, with other pages there by now.
-bool order_owed(struct space *s, uint64_t a, uint64_t b) {
+// What of [a, b) a remap that was put off is to move, or to bring pages to.
+static struct ranges late_in(const struct space *s, uint64_t a, uint64_t b) {
+    struct ranges in = {0};
     for (int i = 0; i < STATE_LATE && s->late; i++) {
-        struct uffd_msg *m = &s->state->late[i];
-        if (m->event == UFFD_EVENT_REMAP && !m->reserved3 && page_of(m->arg.remap.from) == a &&
-            page_of(m->arg.remap.from + m->arg.remap.len) == b) {
-            m->reserved3 = 1;  // and its pages are still to go
-            return true;
+        const struct uffd_msg *m = &s->state->late[i];
+        if (m->event != UFFD_EVENT_REMAP)
+            continue;
+        const uint64_t place[2] = {page_of(m->arg.remap.from), page_of(m->arg.remap.to)};
+        for (int k = 0; k < 2; k++) {
+            uint64_t from = place[k], to = from + page_of(m->arg.remap.len);
+            ranges_add(&in, from > a ? from : a, to < b ? to : b);
         }
     }
-    for (int i = 0; i < STATE_LATE; i++) {
+    return in;
+}
+
+// Whether an unmap may be the one owed by a remap from there, and what is known there now have come since. Two threads'
+// unmaps of one place cannot be told from each other: the kernel must say what is there.
+static bool maybe_owed(struct space *s, uint64_t a, uint64_t b) {
+    for (int i = 0; i < STATE_LATE && s->unquiet; i++) {
         struct state_source *e = &s->state->source[i];
-        if (e->n && e->a == a && e->a + e->n == b) {
-            bool taken = e->taken;
-            e->n = 0;
-            return taken;
-        }
+        if (!e->n || e->a != a || e->a + e->n != b)
+            continue;
+        if (ranges_touch(&s->known, a, b))
+            return true;
+        e->n = 0;
+        return false;
     }
     return false;
+}
+
+// What is registered is what another thread has moved there; or it will be, and the remap that is still to be read
+// forgets what was there before. What is not registered is gone whichever unmap this is.
+static void unmap_as_the_kernel_says(struct space *s, uint64_t a, uint64_t b) {
+    struct ranges there = {0};
+    if (s->ops->registered(s, a, b, &there))
+        for (uint64_t e; ranges_gap(&there, &a, b, &e); a = e)
+            event_unmap(s, a, e);
+    ranges_free(&there);
+}
+
+// Pages [a, b) have been unmapped, as an event says. Where a remap waits it may be what that waits for, what it owes,
+// or the end of what it brought: nothing is forgotten there before all is quiet.
+void order_unmap(struct space *s, uint64_t a, uint64_t b) {
+    struct ranges late = late_in(s, a, b);
+    bool doubt = late.n > 0;
+    if (!doubt && maybe_owed(s, a, b)) {
+        doubt = true;
+        unmap_as_the_kernel_says(s, a, b);
+    } else {
+        for (uint64_t e; ranges_gap(&late, &a, b, &e); a = e)
+            event_unmap(s, a, e);
+    }
+    s->unsure |= doubt;
+    ranges_free(&late);
 }
 
 // What was put off and need no longer be; `all`: nothing is to come any more that it could wait for.
@@ -116,11 +149,32 @@ void order_catch_up(struct edm_engine *g, struct space *s, bool all) {
     }
 }
 
+// What is known and no longer registered has gone by an event that was taken for another's. Nothing changes unseen
+// meanwhile: the kernel says that a change is under way before it makes it, until its event has been read.
+static bool known_again(struct space *s) {
+    struct ranges there = {0}, gone = {0};
+    bool sure = s->ops->registered(s, 0, LSPT_MAX_PAGE, &there) && !s->ops->changing(s);
+    for (uint32_t i = 0; sure && i < s->known.n; i++) {
+        uint64_t a = s->known.v[i].a, b = s->known.v[i].b, e;
+        for (; ranges_gap(&there, &a, b, &e); a = e)
+            ranges_add(&gone, a, e);
+    }
+    for (uint32_t i = 0; i < gone.n; i++)
+        event_unmap(s, gone.v[i].a, gone.v[i].b);
+    ranges_free(&there);
+    ranges_free(&gone);
+    return sure;
+}
+
 // Called now and then: while no event is unread, none is owed.
 void order_settle(struct edm_engine *g, struct space *s) {
     if ((!s->late && !s->unquiet && !s->doubtful.n) || s->applying || s->batch_busy || s->ops->changing(s))
         return;
     order_catch_up(g, s, true);
+    if (s->unsure && !known_again(s))
+        return;
+    state_commit(g);
+    s->unsure = false;
     for (int i = 0; i < STATE_LATE; i++)
         s->state->source[i].n = 0;
     s->unquiet = false;

@@ -40,7 +40,6 @@ struct state_space {
     struct uffd_msg late[STATE_LATE];
     struct state_source {
         uint64_t a, n;
-        bool taken;  // something else was moved there
     } source[STATE_LATE];
 };
 

@@ -138,6 +138,10 @@ static bool changing(struct space *s) { return s->uffd >= 0 && zero(s, 1, 1) == 
 
 static bool mapped(struct space *s, uint64_t page) { return uffd_register(s, page, page + 1) == 0; }
 
+static bool registered(struct space *s, uint64_t a, uint64_t b, struct ranges *out) {
+    return s->pid > 0 && mappings_flagged(s->pid, "um", a, b, out);
+}
+
 static void retire(struct space *s) {
     sidecar_end(s);
     int fds[] = {s->uffd, s->ctl_fd, s->pidfd, s->pagemap_fd, s->statm_fd};
@@ -170,5 +174,6 @@ const struct source_ops uffd_ops = {.read = read_messages,
                                     .forked = forked,
                                     .gone = gone,
                                     .mapped = mapped,
+                                    .registered = registered,
                                     .changing = changing,
                                     .retire = retire};

@@ -75,8 +75,9 @@ static void drop(struct owner *o, uint64_t page) {
     forget(o, page, count);
 }
 
-// What one thread unmaps no other may be given before it is mapped again.
+// What one thread unmaps no other may be given before it is mapped again: not as its stack, nor as its first chunks.
 static pthread_mutex_t mapping = PTHREAD_MUTEX_INITIALIZER;
+static pthread_barrier_t all_there;
 
 static void unmap(struct owner *o, uint64_t c) {
     char *was = o->chunk[c];
@@ -125,6 +126,7 @@ static void *work(void *arg) {
     o->state = 77 + o->number;
     for (int c = 0; c < PAGES / CHUNK; c++)
         o->chunk[c] = map(NULL);
+    pthread_barrier_wait(&all_there);
     for (uint64_t i = 0; i < PAGES; i++)
         put(o, i);
     for (uint64_t k = 0; k < ops; k++) {
@@ -153,6 +155,7 @@ int main(int argc, char **argv) {
     static struct owner owner[THREADS];
     pthread_t t[THREADS];
     uint64_t sum = 0;
+    pthread_barrier_init(&all_there, NULL, THREADS);
     for (uint64_t i = 0; i < THREADS; i++) {
         owner[i].number = i + 1;
         owner[i].state = argc > 1 ? strtoull(argv[1], 0, 10) : 2000;

@@ -1,0 +1,81 @@
+"""Address-space calls of several threads, in any order, while pages are evicted: each byte is what it must be.
+
+hypothesis makes the scripts, and shortens one that fails. `make soak` goes on for EDM_SOAK_S seconds (600).
+"""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(200)]
+
+PAGES, THREADS = 160, 3  # as in programs/fuzzed.c
+CALLS = "wwwwwwwrrrrrddffpqnoaaammmDDeeuuxxkkvvlLb"
+BUDGET = ("--transport", "inproc", "--local-memory", "1M", "--write-back", "256K")
+SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
+
+page = st.integers(0, PAGES - 1)
+line = st.tuples(
+    st.integers(0, THREADS - 1),
+    st.one_of(st.sampled_from(CALLS), st.sampled_from(CALLS), st.sampled_from(CALLS), st.sampled_from(CALLS + "F")),
+    page,
+    st.one_of(st.integers(1, 4), st.integers(1, 48)),
+    page,
+)
+script = st.lists(line, min_size=1, max_size=400)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(program):
+    return program("fuzzed")
+
+
+def compare(edm, fuzzed, lines, rounds=3):
+    path = edm.directory / "script"
+    path.write_text("".join("{} {} {} {} {}\n".format(*each) for each in lines))
+    command = (fuzzed, path, str(rounds))
+    plain = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert plain.returncode == 0, plain.stdout
+    ran = edm.run(*BUDGET, "--", *command, timeout=120)
+    assert (ran.status, ran.out, ran.err) == (0, plain.stdout, "")
+
+
+def check(edm, fuzzed, number, examples):
+    """One run of hypothesis, the same for each number."""
+
+    @seed(number)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(script)
+    def every_byte_is_as_it_must_be(lines):
+        compare(edm, fuzzed, lines)
+
+    every_byte_is_as_it_must_be()
+
+
+def test_threads_that_remap_what_others_have_left(edm, program, tmp_path):
+    command, report = (program("stamped"), "6000"), tmp_path / "report.json"
+    plain = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    ran = edm.run(*BUDGET, "--report", report, "--", *command)
+    assert (ran.status, ran.out, ran.err) == (0, plain.stdout, "")
+    counters = json.loads(report.read_text())["counters"]
+    assert counters["evictions"] > 1000
+    assert counters["events_remap"] > 10
+    assert counters["internal_errors"] == counters["lost"] == 0
+
+
+def test_every_byte_is_as_it_must_be(edm, fuzzed):
+    check(edm, fuzzed, 1, 12)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SOAK_S + 600)
+def test_every_byte_is_as_it_must_be_for_long(edm, fuzzed):
+    end, number = time.monotonic() + SOAK_S, 1000
+    while time.monotonic() < end:
+        number += 1
+        check(edm, fuzzed, number, 40)

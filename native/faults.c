@@ -197,6 +197,21 @@ static void take_remote(struct edm_engine *g, int worker, struct fault f, struct
         ahead_fetch(g, w, f);
 }
 
+// mlockall(2) populates staging too, and whoever reads all of a program's memory comes by it. Never in the middle of a
+// batch: what is there then has been moved there.
+static void take_in_staging(struct edm_engine *g, struct fault f) {
+    if (f.space->batch_busy) {
+        queue_fault(&g->retry, f);
+        return;
+    }
+    f.space->staging_touched = true;
+    int r = f.space->ops->zero(f.space, f.page, 1);
+    if (r == -EEXIST)
+        f.space->ops->wake(f.space, f.page, 1);
+    else if (r != 1)
+        settle(g, f, r, "zero-fill in staging");
+}
+
 // Decide one fault. Called with the lock held, by fault workers and (worker -1) by the LPET when room has come.
 void fault_take(struct edm_engine *g, int worker, struct fault f) {
     struct space *s = f.space;
@@ -205,6 +220,10 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
     if (f.page >= LSPT_MAX_PAGE) {
         s->ops->zero(s, f.page, 1);
         s->ops->wake(s, f.page, 1);
+        return;
+    }
+    if (s->staging && f.page - (s->staging >> PAGE_SHIFT) < EDM_STAGING_PAGES) {
+        take_in_staging(g, f);
         return;
     }
     struct leaf *l = lspt_leaf(&s->lspt, f.page);

@@ -118,7 +118,7 @@ static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ran
 }
 
 static bool can_move_out(const struct space *s) {
-    return s->ready && !s->dead && !s->applying && !s->batch_busy && !s->late;
+    return s->ready && !s->dead && !s->applying && !s->batch_busy && !s->late && !s->staging_touched;
 }
 
 // Keep the first `most` pages of a mask.
@@ -179,6 +179,10 @@ static struct space *select_batch(struct edm_engine *g, struct move_batch *b, ui
 static void settle(struct edm_engine *g) {
     for (uint32_t i = 0; i < g->nspaces; i++) {
         struct space *s = g->space[i];
+        if (!s->dead && s->ready && s->staging_touched && !s->dropping) {
+            s->staging_touched = false;
+            s->ops->drop_out(s, EDM_WINDOWS);
+        }
         if (!s->dropping || s->dead)
             continue;
         s->dropping = false;

@@ -278,28 +278,38 @@ bool space_sweep(struct space *s) {
     return changed;
 }
 
+// All but the anchor, which the child has touched already.
+static void forget_not_copied(struct space *s, uint64_t a, uint64_t b) {
+    uint64_t anchor = s->anchor >> PAGE_SHIFT;
+    if (anchor < a || anchor >= b) {
+        space_forget(s, a, b);
+        return;
+    }
+    space_forget(s, a, anchor);
+    space_forget(s, anchor + 1, b);
+}
+
 // A forked child: mappings that were not copied (MADV_DONTFORK) must leave its table, or a later mapping there would be
-// taken for one of them.
+// taken for one of them. What is wiped (MADV_WIPEONFORK) is zeros in it.
 void space_prune_unmapped(struct space *s) {
     struct mappings now;
-    if (!mappings_read(s, &now))
-        return;
+    struct ranges wiped = {0};
+    if (!mappings_read(s, &now) || !mappings_flagged(s->pid, "wf", 0, LSPT_MAX_PAGE, &wiped))
+        goto out;
     uint64_t at = 0;
     for (uint32_t i = 0; i <= now.n; i++) {
         uint64_t to = i < now.n ? now.v[i].a : LSPT_MAX_PAGE;
         if (to > at) {
             ranges_del(&s->known, at, to);
-            uint64_t anchor = s->anchor >> PAGE_SHIFT;
-            if (anchor >= at && anchor < to) {
-                space_forget(s, at, anchor);
-                space_forget(s, anchor + 1, to);
-            } else {
-                space_forget(s, at, to);
-            }
+            forget_not_copied(s, at, to);
         }
         if (i < now.n)
             at = now.v[i].b;
     }
-    free(now.v);
+    for (uint32_t i = 0; i < wiped.n; i++)
+        forget_not_copied(s, wiped.v[i].a, wiped.v[i].b);
     state_commit(s->engine);
+out:
+    free(now.v);
+    ranges_free(&wiped);
 }

@@ -165,8 +165,11 @@ static uint64_t run_at(uint64_t mask, int from) {
 }
 
 static void side_batch(struct edm_ctl *c) {
-    if (c->drop)  // in one call: each raises an event that a fault worker must read
+    // In one call: each raises an event that a fault worker must read. mlockall(2) locks staging with all the rest.
+    if (c->drop && CALL(SYS_madvise, c->staging, (uint64_t)c->drop * 64 * PAGE, MADV_DONTNEED) == -EINVAL) {
+        CALL(SYS_munlock, c->staging, EDM_STAGING_PAGES * PAGE, 0);
         CALL(SYS_madvise, c->staging, (uint64_t)c->drop * 64 * PAGE, MADV_DONTNEED);
+    }
     for (uint32_t k = 0; k < c->n && k < EDM_WINDOWS; k++) {
         uint64_t mask = c->window[k].mask;
         while (mask) {

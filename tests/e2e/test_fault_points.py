@@ -64,21 +64,22 @@ def test_the_memory_server_dies(edm, program, plain, point):
 @pytest.mark.timeout(3600)
 def test_whoever_dies_wherever(tmp_path_factory, make_edm, program, plain):
     """Each victim at each point of the DM-Handler, over each transport; what came of it is printed."""
-    outcomes = Counter()
+    outcomes, wrong = Counter(), []
     for transport in ("inproc", "zmq", "mpi"):
         for victim in ("dm-handler", "sidecar", "app", *(() if transport == "inproc" else ("dms",))):
             for point in LIVING:
                 edm = make_edm(tmp_path_factory.mktemp("run"))
                 names = VICTIMS.get(victim)
                 death = run_with_death(edm, program("stamped"), point, victim=names, transport=transport)
-                case = f"{transport}, {victim} at {point}"
-                assert death.reached, case
-                if victim == "app":
-                    assert death.status in {-9, 0, 1}, (case, death)
-                    assert death.out == b"" or death.out == plain or b"status 0x9" in death.out, (case, death)
+                if victim == "app":  # itself, or a child of its own
+                    good = death.status in {-9, 0, 1} and (death.out in {b"", plain} or b"status 0x9" in death.out)
                 else:
-                    assert (death.status, death.out) == (0, plain), (case, death)
+                    good = (death.status, death.out) == (0, plain)
+                if not (good and death.reached):
+                    wrong.append((transport, victim, point, death))
+                    print(*wrong[-1], flush=True)
                 outcomes[transport, victim, "right" if death.out == plain else "ended"] += 1
                 edm.close()
     for (transport, victim, outcome), count in sorted(outcomes.items()):
         print(f"{transport:8} {victim:12} {outcome:8} {count}")
+    assert not wrong

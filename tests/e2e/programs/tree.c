@@ -1,0 +1,290 @@
+// Process trees: what a fork, vfork, spawn, double fork, daemon or exec sees, and leaves to the others, of memory that
+// is evicted all the while.
+#include "steps.h"
+
+#include <spawn.h>
+
+#define PAGES 512ul  // 2 MiB
+extern char **environ;
+static char *self, *data;
+
+static void ended_well(pid_t pid, const char *who) {
+    int status = -1;
+    MUST(pid > 0 && waitpid(pid, &status, 0) == pid);
+    if (status)
+        WRONG("%s: status %#x", who, status);
+}
+
+// Parent and child write the same pages, each sees its own, the child those of the moment of the fork besides.
+static void fork_both_write(void) {
+    fill(data, 0, PAGES, 1);
+    push_out();
+    pid_t child = fork();
+    if (child == 0) {
+        fill(data, 0, PAGES / 2, 2);
+        push_out();
+        look(data, 0, PAGES / 2, 2, "child, its own");
+        look(data, PAGES / 2, PAGES / 2, 1, "child, from before");
+        _exit(0);
+    }
+    fill(data, PAGES / 4, PAGES / 2, 3);
+    push_out();
+    look(data, 0, PAGES / 4, 1, "parent, from before");
+    look(data, PAGES / 4, PAGES / 2, 3, "parent, its own");
+    look(data, PAGES / 4 * 3, PAGES / 4, 1, "parent, from before");
+    ended_well(child, "child");
+}
+
+// The child looks only when the parent has overwritten everything, dropped a part and unmapped another.
+static void fork_time_contents(void) {
+    char *other = area(256);
+    int go[2];
+    MUST(!pipe(go));
+    fill(data, 0, PAGES, 4);
+    fill(other, 0, 256, 5);
+    push_out();
+    pid_t child = fork();
+    if (child == 0) {
+        char c;
+        close(go[1]);
+        if (read(go[0], &c, 1) != 1)
+            _exit(3);
+        look(data, 0, PAGES, 4, "child, after the parent wrote");
+        look(other, 0, 256, 5, "child, after the parent unmapped");
+        _exit(0);
+    }
+    fill(data, 0, PAGES / 2, 6);
+    MUST(!madvise(data + PAGES / 2 * PAGE, PAGES / 2 * PAGE, MADV_DONTNEED));
+    MUST(!munmap(other, 256 * PAGE));
+    push_out();
+    MUST(write(go[1], "g", 1) == 1);
+    look(data, 0, PAGES / 2, 6, "parent");
+    look(data, PAGES / 2, PAGES / 2, 0, "parent, dropped");
+    ended_well(child, "child");
+    close(go[0]);
+    close(go[1]);
+}
+
+// Three generations, each with a layer of its own above what it was given; all alive at once.
+static void generations(void) {
+    fill(data, 0, PAGES, 7);
+    push_out();
+    for (uint64_t depth = 0; depth < 3; depth++) {
+        pid_t child = fork();
+        if (child == 0) {
+            fill(data, depth * 100, 100, 8 + depth);
+            push_out();
+            continue;
+        }
+        if (child < 0)
+            _exit(2);
+        look(data, depth * 100, PAGES - depth * 100, 7, "generation, from the first");
+        for (uint64_t k = 0; k < depth; k++)
+            look(data, k * 100, 100, 8 + k, "generation, from before");
+        ended_well(child, "next generation");
+        if (depth)
+            _exit(0);
+        return;
+    }
+    for (uint64_t k = 0; k < 3; k++)
+        look(data, k * 100, 100, 8 + k, "last generation");
+    look(data, 300, PAGES - 300, 7, "last generation");
+    _exit(0);
+}
+
+// A vfork's child has the parent's memory, not a copy.
+static void vfork_shares(void) {
+    static volatile int done;
+    done = 0;
+    fill(data, 0, PAGES, 11);
+    push_out();
+    pid_t child = vfork();
+    if (child == 0) {
+        for (uint64_t i = 0; i < PAGES; i += 8)
+            ((volatile uint64_t *)data)[i * 512 + 5] = i;
+        done = 1;
+        _exit(0);
+    }
+    ended_well(child, "child");
+    for (uint64_t i = 0; i < PAGES; i += 8) {
+        if (!done || ((volatile uint64_t *)data)[i * 512 + 5] != i)
+            WRONG("page %lu: what the child wrote is not here", (unsigned long)i);
+        ((volatile uint64_t *)data)[i * 512 + 5] = word_at(11, i * 512 + 5);
+    }
+    look(data, 0, PAGES, 11, "parent");
+}
+
+// Another captured program below this one: it runs the step "work" of this file.
+static char *work[] = {"tree", "work", NULL};
+
+static void vfork_exec(void) {
+    fill(data, 0, PAGES, 12);
+    pid_t child = vfork();
+    if (child == 0) {
+        execv(self, work);
+        _exit(3);
+    }
+    look(data, 0, PAGES, 12, "parent, beside it");
+    ended_well(child, "program");
+}
+
+static void spawn(void) {
+    pid_t one, two;
+    fill(data, 0, PAGES, 13);
+    MUST(!posix_spawn(&one, self, NULL, NULL, work, environ));
+    MUST(!posix_spawnp(&two, self, NULL, NULL, work, environ));
+    push_out();
+    look(data, 0, PAGES, 13, "parent");
+    ended_well(one, "first");
+    ended_well(two, "second");
+}
+
+static void fork_exec(void) {
+    fill(data, 0, PAGES, 14);
+    push_out();
+    pid_t child = fork();
+    if (child == 0) {
+        look(data, 0, PAGES, 14, "child, before its exec");
+        execv(self, work);
+        _exit(3);
+    }
+    fill(data, 0, PAGES, 15);
+    push_out();
+    look(data, 0, PAGES, 15, "parent");
+    ended_well(child, "program");
+}
+
+// A process that runs on after its parent has ended, and says at the end what it saw.
+static void report(int to, const char *what) {
+    look(data, 0, PAGES, 16, what);
+    fill(data, 0, PAGES, 17);
+    push_out();
+    look(data, 0, PAGES, 17, what);
+    if (write(to, "ok", 2) != 2)
+        _exit(3);
+    _exit(0);
+}
+
+static void reported(int from, const char *who) {
+    char text[3] = "";
+    if (read(from, text, 2) != 2 || strcmp(text, "ok"))
+        WRONG("%s: no good word from it", who);
+    close(from);
+}
+
+static void double_fork(void) {
+    int p[2];
+    MUST(!pipe(p));
+    fill(data, 0, PAGES, 16);
+    push_out();
+    pid_t child = fork();
+    if (child == 0) {
+        pid_t grandchild = fork();
+        if (grandchild == 0) {
+            usleep(50000);  // its parent has gone by now
+            report(p[1], "grandchild");
+        }
+        _exit(grandchild < 0);
+    }
+    close(p[1]);
+    ended_well(child, "child");
+    fill(data, 0, PAGES, 18);
+    reported(p[0], "grandchild");
+    look(data, 0, PAGES, 18, "parent");
+}
+
+static void as_daemon(void) {
+    int p[2];
+    MUST(!pipe(p));
+    fill(data, 0, PAGES, 16);
+    pid_t child = fork();
+    if (child == 0) {
+        if (daemon(0, 0))
+            _exit(2);
+        report(p[1], "daemon");
+    }
+    close(p[1]);
+    ended_well(child, "what became a daemon");
+    reported(p[0], "daemon");
+}
+
+// A fork of one thread while others run, write and fork too.
+static void *forker(void *argument) {
+    uint64_t me = (uint64_t)(uintptr_t)argument;
+    char *mine = area(128);
+    for (uint64_t round = 0; round < 4; round++) {
+        fill(mine, 0, 128, 100 * me + round);
+        pid_t child = fork();
+        if (child == 0) {
+            look(mine, 0, 128, 100 * me + round, "child of a thread");
+            fill(mine, 0, 128, 99);
+            look(mine, 0, 128, 99, "child of a thread, its own");
+            _exit(0);
+        }
+        look(mine, 0, 128, 100 * me + round, "thread");
+        ended_well(child, "child of a thread");
+    }
+    munmap(mine, 128 * PAGE);
+    return NULL;
+}
+
+static void forks_in_threads(void) {
+    pthread_t t[3];
+    for (uint64_t i = 0; i < 3; i++)
+        MUST(!pthread_create(&t[i], NULL, forker, (void *)(uintptr_t)(i + 1)));
+    push_out();
+    for (int i = 0; i < 3; i++)
+        pthread_join(t[i], NULL);
+    fill(data, 0, PAGES, 19);
+    push_out();
+    look(data, 0, PAGES, 19, "afterwards");
+}
+
+// Memory wanted away from, or as zeros in, a child.
+static void madvised_fork(void) {
+    char *gone = area(64), *wiped = area(64);
+    fill(gone, 0, 64, 20);
+    fill(wiped, 0, 64, 21);
+    MUST(!madvise(gone, 64 * PAGE, MADV_DONTFORK) && !madvise(wiped, 64 * PAGE, MADV_WIPEONFORK));
+    push_out();
+    pid_t child = fork();
+    if (child == 0) {
+        unsigned char there;
+        if (!mincore(gone, PAGE, &there) || errno != ENOMEM)
+            WRONG("child: MADV_DONTFORK memory is there");
+        look(wiped, 0, 64, 0, "child, wiped on fork");
+        _exit(0);
+    }
+    ended_well(child, "child");
+    look(gone, 0, 64, 20, "parent");
+    look(wiped, 0, 64, 21, "parent");
+}
+
+// The program that others start; not by itself.
+static int do_work(void) {
+    fill(data, 0, PAGES, 22);
+    push_out();
+    look(data, 0, PAGES, 22, "work");
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    static const struct step steps[] = {
+        {"fork_both_write", fork_both_write},
+        {"fork_time_contents", fork_time_contents},
+        {"generations", generations},
+        {"vfork_shares", vfork_shares},
+        {"vfork_exec", vfork_exec},
+        {"spawn", spawn},
+        {"fork_exec", fork_exec},
+        {"double_fork", double_fork},
+        {"as_daemon", as_daemon},
+        {"forks_in_threads", forks_in_threads},
+        {"madvised_fork", madvised_fork},
+    };
+    self = realpath("/proc/self/exe", NULL);
+    data = area(PAGES);
+    if (argc == 2 && !strcmp(argv[1], "work"))
+        return do_work();
+    return run_steps(steps, COUNT(steps), argc, argv);
+}

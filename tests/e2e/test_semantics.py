@@ -1,0 +1,113 @@
+"""What a program does with its memory turns out as it does without EDM: self-verifying programs, a step for each thing
+that can be done, while what they do not touch is evicted. programs/steps.h says how they are made.
+
+`make soak` goes round for EDM_SOAK_S seconds (600), at other budgets and over other transports and stores.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
+
+SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
+WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
+SUITES = {"tree": "1M", "spaces": "1M", "kernel": "1M", "uring": "2M", "signals": "1M"}
+"""Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""
+NO_URING = 77
+
+
+def plain(program, name, *steps, **environment):
+    """The program without EDM; its standard output, with the exit status."""
+    environment = {**os.environ, **environment}
+    ran = subprocess.run([program(name), *steps], capture_output=True, text=True, timeout=60, env=environment)
+    if ran.returncode == NO_URING:
+        pytest.skip("this kernel offers no io_uring here")
+    return ran
+
+
+def steps_of(out):
+    return [line.split(":")[0] for line in out.splitlines() if line.endswith(": as it should be")]
+
+
+def check(edm, program, name, report, *, budget, transport="inproc", store="memory"):
+    expected = plain(program, name)
+    assert expected.returncode == 0, expected.stdout
+    arguments = ("--transport", transport, "--store", store, "--local-memory", budget, "--report", report)
+    ran = edm.run(*arguments, "--", program(name))
+    assert (ran.status, ran.out.decode(), ran.err) == (0, expected.stdout, "")
+    counters = json.loads(report.read_text())["counters"]
+    assert counters["internal_errors"] == counters["lost"] == counters["write_failures"] == 0
+    assert counters["fetches"] + counters["rescues"] > 1000, "it was not evicted all the while"
+    return counters
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_step_is_as_without_edm(edm, program, tmp_path, name):
+    check(edm, program, name, tmp_path / "r.json", budget=SUITES[name])
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_step_fails_on_a_wrong_byte(program, name):
+    steps = steps_of(plain(program, name).stdout)
+    assert steps
+    for step in steps:
+        ran = plain(program, name, step, SPOIL=step)
+        assert ran.returncode == 1, f"{step} did not see it"
+        assert f"{step}: " in ran.stdout
+
+
+POOL = """
+import hashlib, multiprocessing, sys
+data = bytearray(6 << 20)
+for i in range(0, len(data), 512):
+    data[i] = i // 512 % 251
+def work(k):
+    mine = bytearray(data[k << 18 : (k + 1) << 18]) * 4
+    mine[k] ^= 1
+    data[k << 18] ^= 0xFF
+    return hashlib.md5(mine).hexdigest()
+if __name__ == "__main__":
+    for kind in ("fork", "spawn"):
+        with multiprocessing.get_context(kind).Pool(2) as pool:
+            print(kind, hashlib.md5("".join(pool.map(work, range(8))).encode()).hexdigest())
+    print(hashlib.md5(data).hexdigest())
+"""
+
+
+def test_multiprocessing_of_python_is_the_same(edm, tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    command = (shutil.which("python3", path="/usr/bin:/usr/local/bin") or sys.executable, str(script))
+    expected = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    report = tmp_path / "r.json"
+    ran = edm.run("--transport", "inproc", "--local-memory", "4M", "--report", report, "--", *command)
+    assert (ran.status, ran.out, ran.err) == (0, expected, "")
+    document = json.loads(report.read_text())
+    assert document["counters"]["processes"] >= 5  # itself, two workers each way
+    # All under one budget.
+    assert document["counters"]["peak_resident"] * 4096 <= 8 << 20
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SOAK_S + 300)
+def test_every_step_for_as_long_as_one_likes(edm, program, tmp_path):
+    end, rounds = time.monotonic() + SOAK_S, 0
+    budgets = itertools.cycle(["1M", "512K", "2M", "4M", "768K"])
+    for (transport, store), budget in zip(itertools.cycle(WAYS), budgets):
+        for name in SUITES:
+            if time.monotonic() > end:
+                print(f"{rounds} runs")
+                assert rounds
+                return
+            least = "2M" if name == "uring" else budget
+            check(edm, program, name, tmp_path / "r.json", budget=least, transport=transport, store=store)
+            rounds += 1

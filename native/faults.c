@@ -253,6 +253,14 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
         }
         return;
     }
+    if (state == PS_NEW && space_asks(s) && f.flags & UFFD_PAGEFAULT_FLAG_WP) {
+        // Of an adopted program, and a child it forked before the first sweep: there, write-protected by the one who
+        // was before us, and not in the table yet. The sweep that finds it may have to wait for this very thread.
+        int r = s->ops->unprotect(s, f.page);
+        if (r)
+            settle(g, f, r, "unprotect");
+        return;
+    }
     if (!room(g)) {
         g->count.waited++;
         queue_fault(&g->waiting, f);

@@ -26,7 +26,8 @@ struct edm_ctl {
     uint32_t batch_generation;  // `generation` when the batch was chosen
     uint32_t drop;              // how many staging windows to empty first
     int32_t app_pid, sidecar_pid, uffd;
-    int32_t handler_pid, holder_pid;  // with both gone nobody will serve a fault again: the sidecar ends the program
+    int32_t handler_pid, holder_pid;    // with both gone nobody will serve a fault again: the sidecar ends the program
+    int32_t seen_handler, seen_holder;  // … if the sidecar has seen them alive: it is the only one to write these
     int32_t unused;
     uint64_t staging, anchor, self;
     struct {

@@ -71,14 +71,20 @@ static bool captured;
 static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
 static char sock_path[sizeof(((struct sockaddr_un *)0)->sun_path)];
 
+#define LOOK_TRIES 65536  // of a lock that is held for a few microseconds
+
 // ---- the sidecar: no libc, no thread-local storage, its own file table ----------------------------------------
 
+static void side_look(struct edm_ctl *c);
+
 static void side_lock(struct edm_ctl *c) {
-    for (;;) {
+    for (uint32_t tries = 1;; tries++) {
         uint32_t none = EDM_UNLOCKED;
         if (__atomic_compare_exchange_n(&c->lock, &none, EDM_LOCK_SIDECAR, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
             return;
         CALL(SYS_sched_yield, 0, 0, 0);
+        if (tries % LOOK_TRIES == 0)  // its holder may have been killed, and all who could start another
+            side_look(c);
     }
 }
 
@@ -211,21 +217,17 @@ static bool gone(int32_t pid) {
 // Without anything to do for a second. Our copy of the uffd keeps the program's faults waiting when nobody else has one
 // any more; if nobody is left who could start a DM-Handler that takes over, it must end.
 // Only of those that were seen here: in another namespace, or without /proc, everybody seems to be gone.
-struct served_by {
-    int32_t handler, holder;
-};
-
-static void side_see(const struct edm_ctl *c, struct served_by *seen) {
-    if (c->handler_pid != seen->handler && !gone(c->handler_pid))
-        seen->handler = c->handler_pid;
-    if (c->holder_pid != seen->holder && !gone(c->holder_pid))
-        seen->holder = c->holder_pid;
+static void side_see(struct edm_ctl *c) {
+    if (c->handler_pid != c->seen_handler && !gone(c->handler_pid))
+        c->seen_handler = c->handler_pid;
+    if (c->holder_pid != c->seen_holder && !gone(c->holder_pid))
+        c->seen_holder = c->holder_pid;
 }
 
-static void side_look(struct edm_ctl *c, struct served_by *seen) {
-    side_see(c, seen);
-    if (c->holder_pid > 0 && c->handler_pid == seen->handler && c->holder_pid == seen->holder && gone(c->handler_pid) &&
-        gone(c->holder_pid))
+static void side_look(struct edm_ctl *c) {
+    side_see(c);
+    if (c->holder_pid > 0 && c->handler_pid == c->seen_handler && c->holder_pid == c->seen_holder &&
+        gone(c->handler_pid) && gone(c->holder_pid))
         CALL(SYS_kill, c->app_pid, SIGKILL, 0);
     if (CALL(SYS_kill, c->app_pid, 0, 0) == -ESRCH)
         CALL(SYS_exit_group, 0, 0, 0);
@@ -239,20 +241,21 @@ static int sidecar(void *arg) {
         CALL(SYS_close_range, 0, c->uffd - 1, 0);
     CALL(SYS_close_range, c->uffd + 1, ~0u, 0);
     uint32_t last = 0;
-    struct served_by seen = {0, 0};
-    side_see(c, &seen);
+    side_see(c);
     for (;;) {
         uint32_t req;
         while ((req = __atomic_load_n(&c->req, __ATOMIC_ACQUIRE)) == last) {
             struct timespec second = {1, 0};
             long r = CALL6(SYS_futex, &c->req, FUTEX_WAIT, last, &second, 0, 0);
             if (r == -ETIMEDOUT)
-                side_look(c, &seen);
+                side_look(c);
         }
         last = req;
         if (c->op == EDM_OP_EXIT)
             CALL(SYS_exit_group, 0, 0, 0);
         side_batch(c);
+        if (c->handler_pid != c->seen_handler || c->holder_pid != c->seen_holder)
+            side_see(c);
         __atomic_store_n(&c->done, last, __ATOMIC_RELEASE);
         CALL6(SYS_futex, &c->done, FUTEX_WAKE, 1, 0, 0, 0);
     }

@@ -170,11 +170,21 @@ static uint64_t run_at(uint64_t mask, int from) {
     return (count >= 64 ? ~0ull : (1ull << count) - 1) << from;
 }
 
+// In one call: each raises an event that a fault worker must read. mlockall(2) locks staging with all the rest.
+// What stays there would be taken for the pages moved in next: if it cannot be emptied the program ends, and no batch is
+// answered.
+static bool side_drop(struct edm_ctl *c) {
+    uint64_t bytes = (uint64_t)c->drop * 64 * PAGE;
+    long error = CALL(SYS_madvise, c->staging, bytes, MADV_DONTNEED);
+    if (error == -EINVAL && !CALL(SYS_munlock, c->staging, EDM_STAGING_PAGES * PAGE, 0))
+        error = CALL(SYS_madvise, c->staging, bytes, MADV_DONTNEED);
+    return !error;
+}
+
 static void side_batch(struct edm_ctl *c) {
-    // In one call: each raises an event that a fault worker must read. mlockall(2) locks staging with all the rest.
-    if (c->drop && CALL(SYS_madvise, c->staging, (uint64_t)c->drop * 64 * PAGE, MADV_DONTNEED) == -EINVAL) {
-        CALL(SYS_munlock, c->staging, EDM_STAGING_PAGES * PAGE, 0);
-        CALL(SYS_madvise, c->staging, (uint64_t)c->drop * 64 * PAGE, MADV_DONTNEED);
+    if (c->drop && !side_drop(c)) {
+        CALL(SYS_kill, c->app_pid, SIGKILL, 0);
+        CALL(SYS_exit_group, 1, 0, 0);
     }
     for (uint32_t k = 0; k < c->n && k < EDM_WINDOWS; k++) {
         uint64_t mask = c->window[k].mask;

@@ -171,8 +171,8 @@ static uint64_t run_at(uint64_t mask, int from) {
 }
 
 // In one call: each raises an event that a fault worker must read. mlockall(2) locks staging with all the rest.
-// What stays there would be taken for the pages moved in next: if it cannot be emptied the program ends, and no batch is
-// answered.
+// What stays there would be taken for the pages moved in next: if it cannot be emptied the program ends, and no batch
+// is answered.
 static bool side_drop(struct edm_ctl *c) {
     uint64_t bytes = (uint64_t)c->drop * 64 * PAGE;
     long error = CALL(SYS_madvise, c->staging, bytes, MADV_DONTNEED);

@@ -270,7 +270,10 @@ struct worker {
     uint32_t slot[MAX_FETCH];
     uint32_t n;
     uint64_t served_ns;  // when it last had something to do
+    struct space *last;  // where it read last; it may be gone
+    uint32_t in_a_row;   // reads there without a look at the others
     uint32_t faults;     // since the faulting thread's CPU was last looked at
+    uint32_t patience;   // faults until it is looked at again
     int cpu, seen_cpu;   // where this worker is, and where it saw the program last; -1: anywhere
     uint32_t seen;       // how often in a row
 };
@@ -379,7 +382,8 @@ struct space *space_again(struct edm_engine *g, const struct source_ops *ops, st
 static inline bool space_asks(const struct space *s);
 
 // ---- events.c [3-5]
-void space_read(struct edm_engine *g, struct space *s, int worker);
+// Messages read.
+int space_read(struct edm_engine *g, struct space *s, int worker);
 void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m);
 void event_remove(struct space *s, uint64_t a, uint64_t b);
 void event_unmap(struct space *s, uint64_t a, uint64_t b);

@@ -138,16 +138,16 @@ static void events_clear(struct space *s, uint32_t n) {
 }
 
 // Called with the lock held; may let it go while a batch that is moving out comes to its end.
-void space_read(struct edm_engine *g, struct space *s, int worker) {
+int space_read(struct edm_engine *g, struct space *s, int worker) {
     struct uffd_msg m[READ_MESSAGES];
     if (s->applying || s->dead)
-        return;
+        return 0;
     // Into the segment: once it is read, only we know of an event.
     int n = s->ops->read(s, s->state->event, READ_MESSAGES);
     if (n <= 0) {
         if (n < 0 && n != -EAGAIN)
             engine_error(g, "read of a uffd: errno %d", -n);
-        return;
+        return 0;
     }
     memcpy(m, s->state->event, (size_t)n * sizeof *m);
     s->refs++;
@@ -180,6 +180,7 @@ void space_read(struct edm_engine *g, struct space *s, int worker) {
         fault_take(g, worker, f);
     }
     space_unref(s);
+    return n;
 }
 
 static uint32_t events_left(const struct space *s) {

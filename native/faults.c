@@ -3,16 +3,13 @@
 #include "engine.h"
 
 #include <errno.h>
-#include <sched.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <unistd.h>
 
 #include "crc32c.h"
 
 #define MAX_TRIES 4
 #define STATUS_LOST 3  // edm.types.GetStatus.LOST
-#define SPIN_WORTH 4   // spinning is given up when no fault came for so many times its length
 
 static bool room(const struct edm_engine *g) { return !g->limit || g->resident + g->inbound < g->limit + g->grace; }
 
@@ -58,11 +55,18 @@ static bool settle(struct edm_engine *g, struct fault f, int r, const char *call
     }
 }
 
+// A writer gets memory at once: of the kernel's page of zeros it would have to make a copy, in another fault.
+static int fill_new(struct edm_engine *g, struct fault f) {
+    if (f.flags & UFFD_PAGEFAULT_FLAG_WRITE)
+        return f.space->ops->copy(f.space, f.page, 1, g->zeros, false);
+    return f.space->ops->zero(f.space, f.page, 1);
+}
+
 static void take_new(struct edm_engine *g, struct fault f, bool believed_resident) {
     if (!believed_resident && !space_asks(f.space))
         ahead_fill(g, f);
     f.thread = 0;
-    int r = point(POINT_new_page) ? -ENOMEM : f.space->ops->zero(f.space, f.page, 1);
+    int r = point(POINT_new_page) ? -ENOMEM : fill_new(g, f);
     point(POINT_new_page_filled);
     if (r == 1) {
         g->count.zero_fills++;
@@ -453,94 +457,4 @@ int edm_resolve(struct edm_engine *g, int worker, int n) {
     w->n = 0;
     pthread_mutex_unlock(&g->mu);
     return 0;
-}
-
-static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) {
-    struct fault f;
-    for (uint32_t n = q->n; n > 0 && g->worker[worker].n < MAX_FETCH && queue_pop(q, &f); n--) {
-        if (f.space->applying && !f.space->dead)
-            queue_fault(&g->retry, f);
-        else
-            fault_take(g, worker, f);
-        space_unref(f.space);
-    }
-}
-
-// Sleep until a uffd is readable, the engine is kicked, or a fault that was put off is due.
-static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_event *ev, int max, int timeout_us,
-                         bool soon) {
-    // Where faults come one after the other, looking for the next is cheaper than being woken for it, which on another
-    // CPU costs tens of microseconds; the program has the CPU whenever it can run.
-    uint64_t now = now_ns(), spin_ns = (uint64_t)g->cfg.spin_us * 1000u;
-    uint64_t spin_end = !soon && timeout_us && now - w->served_ns < SPIN_WORTH * spin_ns ? now + spin_ns : 0;
-    while (spin_end && now_ns() < spin_end && !atomic_load(&g->stop)) {
-        int n = epoll_wait(g->epoll, ev, max, 0);
-        if (n > 0)
-            return n;
-        sched_yield();
-    }
-    int us = soon ? 50 : timeout_us;
-    struct timespec t = {.tv_sec = us / 1000000, .tv_nsec = (long)(us % 1000000) * 1000};
-    return epoll_pwait2(g->epoll, ev, max, &t, NULL);
-}
-
-void edm_worker_channel(struct edm_engine *g, int worker, const void *ops) {
-    if (worker >= 0 && worker < MAX_WORKERS)
-        g->worker[worker].channel = ops;
-}
-
-// The whole batch through the worker's own channel; false: Python is to do it.
-static bool fetch_here(struct edm_engine *g, int worker) {
-    struct worker *w = &g->worker[worker];
-    if (!w->channel || w->channel->fetch(w->channel->self, w->refs, w->n, w->pages))
-        return false;
-    edm_resolve(g, worker, (int)w->n);
-    return true;
-}
-
-int edm_poll(struct edm_engine *g, int worker, int timeout_us) {
-    if (worker < 0 || worker >= MAX_WORKERS)
-        return -EINVAL;
-    struct worker *w = &g->worker[worker];
-    struct epoll_event ev[16];
-    uint64_t end = now_ns() + (uint64_t)timeout_us * 1000u;
-    for (;;) {
-        if (atomic_load(&g->stop))
-            return -ESHUTDOWN;
-        pthread_mutex_lock(&g->mu);
-        take_queue(g, &g->ready, worker);
-        take_queue(g, &g->retry, worker);
-        bool soon = g->retry.n || g->ready.n;
-        uint32_t have = w->n;
-        pthread_mutex_unlock(&g->mu);
-        int n = wait_readable(g, w, ev, 16, have ? 0 : timeout_us, soon);
-        if (n < 0 && errno != EINTR)
-            return -errno;
-        pthread_mutex_lock(&g->mu);
-        for (int i = 0; i < n; i++) {
-            struct space *s = ev[i].data.ptr;
-            if (!s) {
-                uint64_t x;
-                (void)!read(g->kick, &x, sizeof x);  // EAGAIN: another worker took it
-                if (atomic_load(&g->stop))
-                    engine_kick(g);
-                continue;
-            }
-            for (uint32_t k = 0; k < g->nspaces; k++)  // it may have been retired since epoll_wait returned
-                if (g->space[k] == s && !s->dead) {
-                    space_read(g, s, worker);
-                    break;
-                }
-        }
-        have = w->n;
-        pthread_mutex_unlock(&g->mu);
-        if (n > 0 && g->cfg.spin_us)
-            w->served_ns = now_ns();
-        if (have)
-            point(POINT_fetch_asked);
-        if (have && !fetch_here(g, worker))
-            return (int)have;
-        if (now_ns() >= end)
-            return 0;
-    }
 }

@@ -9,8 +9,9 @@
 #include <string.h>
 #include <unistd.h>
 
-#define LOOK_EVERY 32  // faults
-#define SETTLED 2      // looks in a row that found the program on the same other CPU
+#define LOOK_EVERY 32    // faults
+#define LOOK_SELDOM 512  // … where the program has stayed for long
+#define SETTLED 2        // looks in a row that found the program on the same other CPU
 
 // The CPU a thread ran on last, or -1. Source: proc_pid_stat(5), field 39.
 static int thread_cpu(int tid) {
@@ -57,10 +58,11 @@ void worker_follow(struct edm_engine *g, int worker, int tid) {
     if (!g->cfg.follow || worker < 0 || tid <= 0)
         return;
     struct worker *w = &g->worker[worker];
-    if (++w->faults < LOOK_EVERY && w->cpu >= 0)
+    if (++w->faults < w->patience && w->cpu >= 0)
         return;
     w->faults = 0;
     int cpu = thread_cpu(tid);
+    w->patience = cpu != w->cpu ? LOOK_EVERY : w->patience < LOOK_SELDOM ? w->patience * 2 : LOOK_SELDOM;
     w->seen = cpu == w->seen_cpu ? w->seen + 1 : 0;
     w->seen_cpu = cpu;
     if (cpu < 0 || cpu >= CPU_SETSIZE || cpu == w->cpu || (w->cpu >= 0 && w->seen < SETTLED))

@@ -1,0 +1,122 @@
+// A fault worker's round: what was put off, what there is to be read, and the fetching of what both need.
+#include <errno.h>
+#include <sched.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+#define SPIN_WORTH 4   // spinning is given up when no fault came for so many times its length
+#define LOOK_ROUND 16  // reads of one space in a row, before the others are looked at
+
+static bool live(const struct edm_engine *g, const struct space *s) {
+    for (uint32_t k = 0; k < g->nspaces; k++)
+        if (g->space[k] == s)
+            return !s->dead;
+    return false;
+}
+
+static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) {
+    struct fault f;
+    for (uint32_t n = q->n; n > 0 && g->worker[worker].n < MAX_FETCH && queue_pop(q, &f); n--) {
+        if (f.space->applying && !f.space->dead)
+            queue_fault(&g->retry, f);
+        else
+            fault_take(g, worker, f);
+        space_unref(f.space);
+    }
+}
+
+// Sleep until a uffd is readable, the engine is kicked, or a fault that was put off is due.
+static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_event *ev, int max, int timeout_us,
+                         bool soon) {
+    // Where faults come one after the other, looking for the next is cheaper than being woken for it, which on another
+    // CPU costs tens of microseconds; the program has the CPU whenever it can run.
+    uint64_t now = now_ns(), spin_ns = (uint64_t)g->cfg.spin_us * 1000u;
+    uint64_t spin_end = !soon && timeout_us && now - w->served_ns < SPIN_WORTH * spin_ns ? now + spin_ns : 0;
+    while (spin_end && now_ns() < spin_end && !atomic_load(&g->stop)) {
+        int n = epoll_wait(g->epoll, ev, max, 0);
+        if (n > 0)
+            return n;
+        sched_yield();
+    }
+    int us = soon ? 50 : timeout_us;
+    struct timespec t = {.tv_sec = us / 1000000, .tv_nsec = (long)(us % 1000000) * 1000};
+    return epoll_pwait2(g->epoll, ev, max, &t, NULL);
+}
+
+// Where faults come one after the other, the next is most often there already, and of the same space: it is read
+// without asking first what is to be read. Not while the sidecar moves pages, which keeps others from reading.
+static bool read_again(struct edm_engine *g, struct worker *w, int worker) {
+    if (!w->last || ++w->in_a_row >= LOOK_ROUND || pthread_mutex_trylock(&g->mu)) {
+        w->in_a_row = 0;
+        return false;
+    }
+    struct space *s = w->last;
+    bool found = false;
+    if (live(g, s) && !s->batch_busy && !s->dropping)
+        found = space_read(g, s, worker) > 0;
+    pthread_mutex_unlock(&g->mu);
+    return found;
+}
+
+void edm_worker_channel(struct edm_engine *g, int worker, const void *ops) {
+    if (worker >= 0 && worker < MAX_WORKERS)
+        g->worker[worker].channel = ops;
+}
+
+// The whole batch through the worker's own channel; false: Python is to do it.
+static bool fetch_here(struct edm_engine *g, int worker) {
+    struct worker *w = &g->worker[worker];
+    if (!w->channel || w->channel->fetch(w->channel->self, w->refs, w->n, w->pages))
+        return false;
+    edm_resolve(g, worker, (int)w->n);
+    return true;
+}
+
+int edm_poll(struct edm_engine *g, int worker, int timeout_us) {
+    if (worker < 0 || worker >= MAX_WORKERS)
+        return -EINVAL;
+    struct worker *w = &g->worker[worker];
+    struct epoll_event ev[16];
+    uint64_t end = now_ns() + (uint64_t)timeout_us * 1000u;
+    for (;;) {
+        if (atomic_load(&g->stop))
+            return -ESHUTDOWN;
+        pthread_mutex_lock(&g->mu);
+        take_queue(g, &g->ready, worker);
+        take_queue(g, &g->retry, worker);
+        bool soon = g->retry.n || g->ready.n;
+        uint32_t have = w->n;
+        pthread_mutex_unlock(&g->mu);
+        bool again = !have && !soon && read_again(g, w, worker);
+        int n = again ? 0 : wait_readable(g, w, ev, 16, have ? 0 : timeout_us, soon);
+        if (n < 0 && errno != EINTR)
+            return -errno;
+        pthread_mutex_lock(&g->mu);
+        for (int i = 0; i < n; i++) {
+            struct space *s = ev[i].data.ptr;
+            if (!s) {
+                uint64_t x;
+                (void)!read(g->kick, &x, sizeof x);  // EAGAIN: another worker took it
+                if (atomic_load(&g->stop))
+                    engine_kick(g);
+                continue;
+            }
+            if (live(g, s)) {  // it may have been retired since epoll_wait returned
+                space_read(g, s, worker);
+                w->last = s;
+            }
+        }
+        have = w->n;
+        pthread_mutex_unlock(&g->mu);
+        if ((again || n > 0) && g->cfg.spin_us)
+            w->served_ns = now_ns();
+        if (have)
+            point(POINT_fetch_asked);
+        if (have && !fetch_here(g, worker))
+            return (int)have;
+        if (now_ns() >= end)
+            return 0;
+    }
+}

@@ -9,6 +9,7 @@ import attrs
 import click
 
 from edm.config.arguments import config_options
+from edm.config.machine import memory_limit
 from edm.config.settings import SECTIONS, setting_names
 from edm.registry import Registry
 from edm.sizes import format_size
@@ -26,6 +27,9 @@ def command(config: Config, as_json: bool) -> None:
     Takes the same settings as `edm run`, so that a command line can be tried out.
     """
     rows = {key: (getattr(config, key), config.origin(key)) for key in setting_names()}
+    if config.memory_derived:
+        origin = config.origin("local_memory")
+        rows["local_memory"] = config.local_memory, f"{origin}, from {memory_limit()}"
     rows |= _plugin_rows(config)
     if as_json:
         document = {key: {"value": value, "origin": origin} for key, (value, origin) in rows.items()}

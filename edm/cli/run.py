@@ -44,12 +44,13 @@ def command(
     """
     from edm.launch import run as launch  # noqa: PLC0415 (`edm --help` need not import the core)
 
+    quiet = summary is False
     if summary is None:
         summary = sys.stderr.isatty()
     return launch.run(
         config if dms is None else _with_dms(config, dms),
         command,
-        launch.Wishes(summary=summary, progress=progress, report=report, uncaptured=uncaptured),
+        launch.Wishes(summary=summary, progress=progress, report=report, uncaptured=uncaptured, quiet=quiet),
     )
 
 

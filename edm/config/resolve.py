@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edm.config.layers import Layer, Value, from_arguments, from_environment, from_file, from_pyproject
 from edm.config.options import build_options, check_keys
 from edm.config.settings import SECTIONS, Config, setting_fields
+from edm.config.values import is_derived
 from edm.errors import UnknownPlugin, UsageError
 from edm.registry import KINDS, Registry
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 FILE = "edm.toml"
+DEFAULT = "default"
 
 
 def resolve(
@@ -43,6 +45,8 @@ def resolve(
     for layer in layers:
         for key, value in _with_both_stores(layer, registry).items():
             given.setdefault(key, value)
+    if "local_memory" not in given and ("high" not in given or is_derived(given["high"].raw)):
+        given["local_memory"] = Value("auto", DEFAULT)
     config = _read(given)
     for section, kinds in _kinds_by_section().items():
         for kind in kinds:
@@ -92,7 +96,11 @@ def _read(given: Mapping[str, Value]) -> Config:
         except UsageError as error:
             where = value.origin if value.origin.startswith(("--", "EDM_")) else f"{value.origin}: {field.name}"
             raise UsageError(f"{where}: {error}") from None
-    config = Config(**read, origins={key: value.origin for key, value in given.items()})
+    config = Config(
+        **read,
+        origins={key: value.origin for key, value in given.items() if value.origin != DEFAULT},
+        memory_derived=is_derived(given["local_memory"].raw) if "local_memory" in given else False,
+    )
     _check_thresholds(config)
     return config
 
@@ -142,7 +150,7 @@ def _with_options(config: Config, layers: list[Layer], registry: Registry) -> Co
         origins[f"{section}.{plugin}.{key}"] = given[section, plugin, key].origin
     _check_options(options, origins, registry)
     values = {field.name: getattr(config, field.name) for field in setting_fields()}
-    return Config(**values, options=options, origins=origins)
+    return Config(**values, options=options, origins=origins, memory_derived=config.memory_derived)
 
 
 def _check_options(

@@ -45,7 +45,11 @@ class Config:
     spt_store: str = _setting("file", values.name, "where the DMS keeps its page table (SPT)", "NAME")
     page_store: str = _setting("file", values.name, "where the DMS keeps pages", "NAME")
     local_memory: int | None = _setting(
-        None, values.memory, "the app's memory that may stay here; % is of this machine's (or cgroup's)", "SIZE"
+        None,
+        values.memory,
+        "the app's memory that may stay here; % is of this machine's, or of the cgroup's limit; auto: 80% of that; "
+        "none: no cap",
+        "SIZE",
     )
     high: int | None = _setting(
         None, values.threshold, "evict above this: pages as 5000p, a size, or % of local memory", "THRESHOLD"
@@ -88,6 +92,8 @@ class Config:
     """Plugin options as they were given: section → plugin → key → value."""
     origins: Mapping[str, str] = attrs.field(factory=dict)
     """Where a setting or option ("transport.mpi.spin_us") came from; what is not here is a default."""
+    memory_derived: bool = False
+    """Whether local_memory was worked out from the machine's memory or the cgroup's limit: nobody gave a size."""
 
     def origin(self, key: str) -> str:
         """Where a setting's value came from, for a person: "--store", "EDM_STORE", a file's name, "default"."""

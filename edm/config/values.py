@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from edm.config.machine import memory_bytes
+from edm.config.machine import memory_limit
 from edm.errors import UsageError
 from edm.sizes import parse_size
 from edm.types import PAGE_BYTES
@@ -41,10 +41,16 @@ def size(raw: Any, _read: Mapping[str, Any]) -> int:
 
 
 def memory(raw: Any, _read: Mapping[str, Any]) -> int | None:
-    """A size, or a percentage of the memory this machine or cgroup has; "none": no cap."""
+    """A size, or a percentage of the memory this machine or cgroup has; "auto": most of it; "none": no cap."""
     if raw == "none":
         return None
-    return _at_least_a_page(raw, parse_size(raw, whole_bytes=memory_bytes()))
+    limit = memory_limit()
+    return limit.budget() if raw == "auto" else _at_least_a_page(raw, parse_size(raw, whole_bytes=limit.bytes))
+
+
+def is_derived(raw: Any) -> bool:
+    """Whether a size is worked out from what there is: a percentage, or "auto"."""
+    return isinstance(raw, str) and (raw == "auto" or raw.rstrip().endswith("%"))
 
 
 def threshold(raw: Any, read: Mapping[str, Any]) -> int | None:
@@ -55,7 +61,7 @@ def threshold(raw: Any, read: Mapping[str, Any]) -> int | None:
     if pages:
         return int(pages[1])
     local = read.get("local_memory")
-    if isinstance(raw, str) and raw.rstrip().endswith("%") and local is None:
+    if is_derived(raw) and local is None:
         raise UsageError(f"'{raw}' is a percentage of local memory, and none is set: add --local-memory")
     try:
         return parse_size(raw, whole_bytes=local or 0) // PAGE_BYTES

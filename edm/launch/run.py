@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from edm.config.machine import memory_limit
 from edm.errors import EdmError, UsageError
 from edm.launch import checks
 from edm.launch.program import die_like
@@ -17,6 +18,7 @@ from edm.launch.rundir import RunDir, make_run_dir
 from edm.launch.session import Outcome, RunFailed, Session
 from edm.launch.summary import Progress, as_document, print_summary, write_report
 from edm.registry import Registry
+from edm.sizes import format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +39,7 @@ class Wishes:
     progress: bool = False
     report: Path | None = None
     uncaptured: bool = False
+    quiet: bool = False
 
 
 def run(config: Config, command: tuple[str, ...], wishes: Wishes) -> int:
@@ -69,6 +72,7 @@ def _run_checked(config: Config, command: tuple[str, ...], wishes: Wishes) -> in
         print(f"edm: warning: {error}", file=sys.stderr)
         os.execv(program, command)  # noqa: S606 (the user's own command line)
     checks.check_budget(config)
+    _say_limit(config, wishes)
     if config.path is not None:
         checks.check_directory(config.path)
     registry = Registry()
@@ -87,6 +91,22 @@ def _run_checked(config: Config, command: tuple[str, ...], wishes: Wishes) -> in
             print(f"edm: kept {run_dir.files}", file=sys.stderr)
         else:
             run_dir.remove()
+
+
+def _say_limit(config: Config, wishes: Wishes) -> None:
+    """Say where a cgroup's limit decided the budget, and warn of a budget that will not be had."""
+    limit, budget = memory_limit(), config.local_memory
+    if budget is None:
+        return
+    if budget > limit.bytes:
+        print(
+            f"edm: warning: local memory of {format_size(budget)} is more than {limit}: "
+            f"{'the kernel may end the program' if limit.file else 'it cannot all stay here'}; "
+            f"'--local-memory auto' takes {format_size(limit.budget())}",
+            file=sys.stderr,
+        )
+    elif config.memory_derived and limit.file is not None and not wishes.quiet:
+        print(f"edm: local memory: {format_size(budget)} of {limit}", file=sys.stderr)
 
 
 def _plan(config: Config, registry: Registry, run_dir: RunDir) -> LaunchPlan:

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from edm.config.machine import memory_limit
 from edm.sizes import format_size
 from edm.types import PAGE_BYTES
 
@@ -36,11 +37,19 @@ def as_document(config: Config, command: tuple[str, ...], outcome: Outcome) -> d
             "page_store": config.page_store,
         },
         "local_memory_bytes": config.local_memory,
+        "memory_limit": _limit_document(config),
         "peak_resident_bytes": counters.get("peak_resident", 0) * PAGE_BYTES,
         "peak_sampled_bytes": outcome.peak_bytes,
         "counters": counters,
         "warnings": outcome.warnings,
     }
+
+
+def _limit_document(config: Config) -> dict[str, Any]:
+    """What there was to take the budget from; decided: it was."""
+    limit = memory_limit()
+    file = str(limit.file) if limit.file else None
+    return {"bytes": limit.bytes, "cgroup_file": file, "decided": config.memory_derived}
 
 
 def write_report(path: Path, document: dict[str, Any]) -> None:
@@ -66,7 +75,6 @@ def print_summary(document: dict[str, Any]) -> None:
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
     c, plugins = document["counters"], document["plugins"]
-    budget = document["local_memory_bytes"]
     ended = f"signal {document['signal']}" if document["signal"] else f"exit status {document['exit_status']}"
     rows = [
         (shlex.join(document["command"])[:60], ended, ""),
@@ -74,7 +82,7 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "memory here, at most",
             format_size(document["peak_resident_bytes"]),
-            f"of {format_size(budget)} allowed" if budget else "no cap was given",
+            _allowed(document),
         ),
     ]
     if not c.get("processes"):
@@ -97,6 +105,15 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
             "source, transport, store",
         ),
     ]
+
+
+def _allowed(document: dict[str, Any]) -> str:
+    budget, limit = document["local_memory_bytes"], document["memory_limit"]
+    if not budget:
+        return "no cap was given"
+    of = "the cgroup's" if limit["cgroup_file"] else "the machine's"
+    whose = f", from {of} {format_size(limit['bytes'])}" if limit["decided"] else ""
+    return f"of {format_size(budget)} allowed{whose}"
 
 
 class Progress:

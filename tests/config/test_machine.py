@@ -1,56 +1,88 @@
 import os
+from pathlib import Path
 
 import pytest
 
-from edm.config.machine import memory_bytes
+from edm.config.machine import MemoryLimit, memory_limit
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
+V1_CPU = "32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu"
 
 
 @pytest.fixture
-def root(tmp_path):
-    """A made-up / with the given files."""
+def limit(tmp_path):
+    """The limit under a made-up / with these groups, mounts, and limits by their files' paths."""
 
-    def write(**files):
-        for path, text in files.items():
+    def read(groups, mounts, **files):
+        texts = {"proc/self/cgroup": f"{groups}\n", "proc/self/mountinfo": "\n".join(mounts) + "\n", **files}
+        for path, text in texts.items():
             file = tmp_path / path
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        return tmp_path
+            file.write_text(str(text))
+        return memory_limit(tmp_path)
 
-    return write
+    return read
 
 
 def test_without_cgroups_it_is_the_machines_memory(tmp_path):
-    assert memory_bytes(tmp_path) == MACHINE
+    assert memory_limit(tmp_path) == MemoryLimit(MACHINE, None)
 
 
-def test_smallest_limit_on_the_way_up_counts(root):
+def test_smallest_limit_on_the_way_up_counts(limit):
+    files = {"sys/fs/cgroup/a/memory.max": f"{64 << 20}\n", "sys/fs/cgroup/a/b/memory.max": "max\n"}
+    assert limit("0::/a/b", [V2], **files) == MemoryLimit(64 << 20, Path("/sys/fs/cgroup/a/memory.max"))
+
+
+def test_throttling_counts_as_a_limit(limit):
+    files = {"sys/fs/cgroup/a/memory.max": 64 << 20, "sys/fs/cgroup/a/memory.high": 48 << 20}
+    assert limit("0::/a", [V2], **files) == MemoryLimit(48 << 20, Path("/sys/fs/cgroup/a/memory.high"))
+
+
+def test_a_neighbour_has_no_say(limit):
+    files = {"sys/fs/cgroup/a/memory.max": 64 << 20, "sys/fs/cgroup/ab/memory.max": 32 << 20}
+    assert limit("0::/a", [V2], **files).bytes == 64 << 20
+
+
+@pytest.mark.parametrize("group", ["/docker/0123", "/../../docker/0123"])
+def test_limit_of_a_container_whose_path_is_the_hosts_counts(limit, group):
+    assert limit(f"0::{group}", [V2], **{"sys/fs/cgroup/memory.max": f"{32 << 20}\n"}).bytes == 32 << 20
+
+
+def test_a_part_of_the_hierarchy_may_be_mounted(limit):
+    mount = V2.replace(" / /sys", " /docker/0123 /sys")
+    files = {"sys/fs/cgroup/memory.max": 128 << 20, "sys/fs/cgroup/job/memory.max": 64 << 20}
+    assert limit("0::/docker/0123/job", [mount], **files).bytes == 64 << 20
+    assert limit("0::/docker/0123", [mount], **files).bytes == 128 << 20
+
+
+def test_second_version_counts_wherever_it_is_mounted(limit):
+    unified = V2.replace("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+    spaced = V2.replace("/sys/fs/cgroup", "/mnt/my\\040groups")
+    files = {"sys/fs/cgroup/unified/a/memory.max": 64 << 20, "mnt/my groups/a/memory.max": 32 << 20}
+    assert limit("0::/a", [unified], **files).bytes == 64 << 20
+    assert limit("0::/a", [unified, spaced], **files) == MemoryLimit(32 << 20, Path("/mnt/my groups/a/memory.max"))
+
+
+def test_first_version_counts_too_and_its_other_controllers_do_not(limit):
     files = {
-        "proc/self/cgroup": "0::/a/b\n",
-        "sys/fs/cgroup/a/memory.max": f"{64 << 20}\n",
-        "sys/fs/cgroup/a/b/memory.max": "max\n",
+        "sys/fs/cgroup/memory/x/memory.limit_in_bytes": 16 << 20,
+        "sys/fs/cgroup/cpu/y/memory.limit_in_bytes": 8 << 20,
     }
-    assert memory_bytes(root(**files)) == 64 << 20
+    assert limit("4:cpu:/y\n3:memory:/x\n0::/z", [V1_CPU, V1, V2], **files).bytes == 16 << 20
 
 
-def test_limit_of_a_container_whose_path_is_the_hosts_counts(root):
-    files = {"proc/self/cgroup": "0::/docker/0123\n", "sys/fs/cgroup/memory.max": f"{32 << 20}\n"}
-    assert memory_bytes(root(**files)) == 32 << 20
-
-
-def test_first_version_of_cgroups_is_read_too(root):
-    files = {
-        "proc/self/cgroup": "4:cpu:/x\n3:memory:/x\n",
-        "sys/fs/cgroup/memory/x/memory.limit_in_bytes": f"{16 << 20}\n",
-    }
-    assert memory_bytes(root(**files)) == 16 << 20
-
-
-def test_limit_larger_than_the_machine_is_no_limit(root):
-    files = {"proc/self/cgroup": "3:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
-    assert memory_bytes(root(**files)) == MACHINE
+def test_limit_larger_than_the_machine_is_no_limit(limit):
+    files = {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
+    assert limit("3:memory:/", [V1], **files) == MemoryLimit(MACHINE, None)
 
 
 def test_this_machine_has_memory():
-    assert 0 < memory_bytes() <= MACHINE
+    assert 0 < memory_limit().bytes <= MACHINE
+
+
+def test_the_default_budget_leaves_room_for_what_stays_and_for_edm():
+    assert MemoryLimit(10 << 30).budget() == 8 << 30
+    assert MemoryLimit(512 << 20).budget() == 256 << 20
+    assert MemoryLimit(100 << 20).budget() == 50 << 20

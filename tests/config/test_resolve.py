@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from edm.config import Config, HandlerSettings, resolve
-from edm.config.machine import memory_bytes
+from edm.config.machine import memory_limit
 from edm.errors import UnknownPlugin, UsageError
 from edm.registry import Registry
 
@@ -146,7 +146,10 @@ def test_unknown_transport_stops_before_its_options_are_read(given):
         ({"cpus": "3-1"}, "--cpus: bad list of CPUs '3-1': 3-1 counts down"),
         ({"cpus": "all"}, "--cpus: must be auto or a list of CPU numbers as 0,2-3, not 'all'"),
         ({"transport": "M PI"}, "--transport: bad name 'M PI': use lower-case letters, digits, - and _"),
-        ({"high": "50%"}, "--high: '50%' is a percentage of local memory, and none is set: add --local-memory"),
+        (
+            {"high": "50%", "local_memory": "none"},
+            "--high: '50%' is a percentage of local memory, and none is set: add --local-memory",
+        ),
         (
             {"high": "lots"},
             "--high: bad size 'lots': use a number with K, M, G or T, or a percentage, or pages as 5000p",
@@ -195,8 +198,20 @@ def test_thresholds_are_pages_whatever_was_written(given):
     assert given({"high": "auto"}).high is None
 
 
+def test_local_memory_is_most_of_what_there_is_unless_something_is_said(given):
+    limit = memory_limit()
+    config = given()
+    assert (config.local_memory, config.origin("local_memory")) == (limit.budget(), "default")
+    assert config.memory_derived
+    assert given({"local_memory": "auto"}, toml="local_memory = '1G'").local_memory == limit.budget()
+    assert given({"high": "50%"}).high == limit.budget() // 2 // 4096
+    assert given({"high": "5000p"}).local_memory is None
+    assert given({"local_memory": "25%"}).memory_derived
+    assert not given({"local_memory": "64M"}).memory_derived
+
+
 def test_local_memory_may_be_a_percentage_of_the_machine(given):
-    assert given({"local_memory": "50%"}).local_memory == memory_bytes() // 2
+    assert given({"local_memory": "50%"}).local_memory == memory_limit().bytes // 2
     assert given({"local_memory": "none"}, toml="local_memory = '1G'").local_memory is None
 
 

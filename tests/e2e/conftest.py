@@ -71,11 +71,11 @@ class Edm:
         self._mark = f"XDG_RUNTIME_DIR={self.sockets}".encode()
         self._started = []
 
-    def start(self, *arguments, **keywords):
-        """Start `edm ARGUMENTS` in a session of its own."""
+    def start(self, *arguments, wrapper=(), **keywords):
+        """Start `edm ARGUMENTS` in a session of its own, by the command `wrapper` if one is given."""
         keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.environment, **keywords}
         process = subprocess.Popen(
-            [sys.executable, "-m", "edm", *map(str, arguments)],
+            [*wrapper, sys.executable, "-m", "edm", *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             # Whoever started the tests may ignore it (a shell's background job does), and programs inherit that.

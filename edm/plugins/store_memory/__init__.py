@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class MemoryPagesOptions(WrapperOptions):
     """`[store.memory]`, the page store's half."""
 
-    limit: int = option(0, "the most memory for pages; 0: half of the machine's", size=True)
+    limit: int = option(0, "the most memory for pages; 0: half of the machine's or cgroup's", size=True)
 
 
 def _open_spt(_options: NoOptions, _context: RunContext) -> SptStore:

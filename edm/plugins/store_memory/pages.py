@@ -6,12 +6,12 @@ Place on the path: step [7], and the end of an eviction.
 from __future__ import annotations
 
 import mmap
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from edm._native import ffi, lib
+from edm.config.machine import memory_limit
 from edm.dms.table import page_checksums
 from edm.errors import Corrupt, StoreFull
 from edm.ops import PAGE_STORE, capsule
@@ -37,10 +37,10 @@ class Slab:
 
 
 class MemoryPages:
-    """A `PageStore` in RAM. limit_bytes: of page bytes; 0 for half of the machine's memory."""
+    """A `PageStore` in RAM. limit_bytes: of page bytes; 0 for half of what the machine has or the cgroup allows."""
 
     def __init__(self, limit_bytes: int = 0) -> None:
-        self._limit_pages = (limit_bytes or _machine_bytes() // 2) // PAGE_BYTES
+        self._limit_pages = (limit_bytes or memory_limit().bytes // 2) // PAGE_BYTES
         self._slabs: dict[int, Slab] = {}
         native = lib.edm_slabs_new(SLAB_PAGES)
         if native == ffi.NULL:
@@ -209,7 +209,3 @@ def _is_run(slots: Slots) -> bool:
         and first // SLAB_PAGES == last // SLAB_PAGES
         and (len(slots) <= 2 or bool((slots[1:] - slots[:-1] == 1).all()))
     )
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -95,6 +95,7 @@ int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid) {
     s->state->ctl[s->engine->turn] = ctl_fd;
     s->pid = s->state->pid = pid;
     s->staging = c->staging;
+    memcpy(c->sock, s->engine->sock, sizeof c->sock);
     c->handler_pid = getpid();
     c->holder_pid = s->engine->state->holder[s->engine->turn];
     if (s->pidfd < 0)
@@ -169,6 +170,10 @@ static void hand_over(struct edm_engine *g, int sock) {
     if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &length) || !send_reply(sock, 0, g->dev_fd) ||
         !receive_hello(sock, &hello, fds))
         goto out;
+    if (hello.kind == EDM_HELLO_ASK) {
+        asked(g, sock);
+        goto out;
+    }
     struct edm_ctl *c = ctl_map(fds[0]);
     if (!c || (hello.kind == EDM_HELLO_NEW && fds[1] < 0))
         goto out;
@@ -302,6 +307,7 @@ int edm_engine_listen(struct edm_engine *g, const char *path, uint32_t instance)
     if (strlen(path) >= sizeof a.sun_path)
         return -ENAMETOOLONG;
     strcpy(a.sun_path, path);
+    memcpy(g->sock, a.sun_path, sizeof g->sock);
     g->instance = g->state->instance = instance;
     if (g->adopted) {
         pthread_mutex_lock(&g->mu);

@@ -119,6 +119,29 @@ struct edm_page_state {
 /* 0, or -ESRCH: no captured process has that pid. `page` is address / 4096. */
 int edm_engine_page(struct edm_engine *engine, int32_t pid, uint64_t page, struct edm_page_state *out);
 
+/* ---- a program's memory from outside (native/outside.c): called by `edm dump`, in a process of its own ---------- */
+
+/* What a captured program's control page tells. */
+struct edm_capture {
+    int32_t handler_pid, sidecar_pid;
+    uint64_t staging, staging_bytes; /* of EDM's own, in the program */
+    char sock[108];                  /* where its DM-Handler is to be asked, see struct edm_ask in native/sidecar.h */
+};
+/* 0; -ENOENT: it is not captured; or why it may not be looked at: -ESRCH, -EACCES, -EPERM. */
+int edm_capture_of(int32_t pid, struct edm_capture *out);
+
+/* Stretches of [first, last) whose pages are present or swapped out, as pairs of page numbers in out[0 .. 2 * max);
+   returns how many, with *walked the page it came to, or -errno. pagemap_fd: /proc/PID/pagemap. */
+int edm_present(int pagemap_fd, uint64_t first, uint64_t last, uint64_t *out, int max, uint64_t *walked);
+
+/* Stop one thread with ptrace. All calls for it from the thread that made this one. 0 or more: it stands still, before
+   the signal of that number (0: none), to be given to edm_thread_let_go. -ETIMEDOUT: it does not stop; it is let go by
+   the end of the calling process; -ESRCH: it has ended; -EPERM: it may not be, or somebody else does already. */
+int edm_thread_stop(int32_t tid, int timeout_ms);
+/* One set of its registers by ELF note type; returns its bytes, or -errno. */
+int edm_thread_registers(int32_t tid, uint32_t note, void *out, uint64_t size);
+int edm_thread_let_go(int32_t tid, int signal);
+
 /* A fault worker's buffers: 64 refs and 64 pages. */
 struct edm_page_ref *edm_worker_refs(struct edm_engine *engine, int worker);
 uint8_t *edm_worker_pages(struct edm_engine *engine, int worker);

@@ -341,7 +341,8 @@ struct edm_engine {
     _Atomic int home;          // CPU where the engine's threads are to run; -1: anywhere
     int lpet_cpu, out_cpu;
     int listen_fd, dev_fd;
-    struct edm_trace *trace;  // NULL: faults are not recorded
+    char sock[EDM_SOCK_BYTES];  // where it listens
+    struct edm_trace *trace;    // NULL: faults are not recorded
     int handshakes;
     pthread_cond_t handshake_done;
 };
@@ -481,5 +482,8 @@ struct edm_ctl *ctl_map(int fd);
 bool space_sweep(struct space *s);
 void space_prune_unmapped(struct space *s);
 void holder_note(struct edm_engine *g);
+
+// ---- asking.c: who reads a program's memory from outside; until it hangs up
+void asked(struct edm_engine *g, int sock);
 
 static inline bool space_asks(const struct space *s) { return s->asks || s->engine->cfg.ask; }

@@ -11,6 +11,7 @@
 #define EDM_STAGING_PAGES (EDM_WINDOWS * 64) /* addresses, most of them empty: a batch is far fewer pages */
 #define EDM_BATCH_PAGES 256                  /* at most so many pages move in one batch */
 #define EDM_SOCK_ENV "EDM_INTERNAL_SOCK"
+#define EDM_SOCK_BYTES 108
 
 enum edm_op { EDM_OP_NONE = 0, EDM_OP_MOVE = 1, EDM_OP_EXIT = 2 };
 enum edm_lock { EDM_UNLOCKED = 0, EDM_LOCK_SIDECAR = 1, EDM_LOCK_ENGINE = 2 };
@@ -38,9 +39,10 @@ struct edm_ctl {
         uint64_t busy;  // out: refused with EBUSY or EINVAL
         int64_t error;  // out: 0, or the errno that ended the window early
     } window[EDM_WINDOWS];
+    char sock[EDM_SOCK_BYTES];  // where its DM-Handler listens
 };
 
-enum edm_hello_kind { EDM_HELLO_NEW = 1, EDM_HELLO_FORK = 2 };
+enum edm_hello_kind { EDM_HELLO_NEW = 1, EDM_HELLO_FORK = 2, EDM_HELLO_ASK = 3 };
 
 // App → DM-Handler, with the control memfd (and, if NEW, the uffd) attached.
 struct edm_hello {
@@ -52,3 +54,23 @@ struct edm_reply {
     int32_t status;  // 0, or a negative errno; EDM_AGAIN_AS_NEW: this child must come as a new process
 };
 #define EDM_AGAIN_AS_NEW 1
+
+// Not of the program, but of somebody who reads its memory from outside (asking.c): after a hello of kind ASK, any
+// number of these, each with its answer.
+#define EDM_ASK_PAGES 4096u
+enum edm_ask_op {
+    EDM_ASK_HELD = 1,   // which pages hold anything, here or at the memory server
+    EDM_ASK_BRING = 2,  // which of them are not in the program; they are brought there, as after a fault
+};
+struct edm_ask {
+    uint32_t magic, op;
+    int32_t pid;
+    uint32_t count;  // pages from `first` on, EDM_ASK_PAGES at most
+    uint64_t first;
+};
+struct edm_answer {
+    uint32_t magic;
+    int32_t status;                      // 0; -ESRCH: no captured process has that pid; -EINVAL
+    uint64_t next;                       // no page of [first + count, next) holds anything
+    uint64_t pages[EDM_ASK_PAGES / 64];  // bit n: page first + n
+};

@@ -73,10 +73,10 @@ class Edm:
 
     def start(self, *arguments, wrapper=(), **keywords):
         """Start `edm ARGUMENTS` in a session of its own, by the command `wrapper` if one is given."""
-        keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.environment, **keywords}
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        keywords = {**streams, "env": self.environment, **keywords}
         process = subprocess.Popen(
             [*wrapper, sys.executable, "-m", "edm", *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
             start_new_session=True,
             # Whoever started the tests may ignore it (a shell's background job does), and programs inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -136,14 +136,14 @@ class Edm:
     def close(self):
         for process in self._started:
             self.end(process)
-            for stream in (process.stdout, process.stderr):
+            for stream in (process.stdin, process.stdout, process.stderr):
                 if stream:
                     stream.close()
         for pid in edm_processes(self._mark):
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_edm():
     """`Edm` itself, for tests that start many, one after the other."""
     return Edm
@@ -165,7 +165,9 @@ def program(tmp_path_factory):
         target = directory / name
         if not target.exists():
             compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-            subprocess.run([compiler, "-O2", "-pthread", "-o", target, PROGRAMS / f"{name}.c"], check=True, timeout=60)
+            subprocess.run(
+                [compiler, "-O2", "-g", "-pthread", "-o", target, PROGRAMS / f"{name}.c"], check=True, timeout=60
+            )
         return target
 
     return build

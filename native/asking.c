@@ -1,0 +1,84 @@
+// Reading a captured program's memory from outside. The kernel answers a debugger's read of an absent page with EIO: it
+// raises no fault for it. So who reads (`edm dump`) asks here, over the socket that programs come by, which pages hold
+// anything, and has them brought where they are not in the program: as after a fault, within the budget.
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+#define LOOK_MS 100  // at the engine's end
+
+static struct space *space_asked(struct edm_engine *g, int32_t pid) {
+    for (uint32_t i = 0; i < g->nspaces; i++)
+        if (!g->space[i]->dead && g->space[i]->pid == pid && g->space[i]->uffd >= 0)
+            return g->space[i];
+    return NULL;
+}
+
+static bool present(const struct space *s, uint64_t page) {
+    uint64_t entry = 0;
+    return pread(s->pagemap_fd, &entry, sizeof entry, (off_t)(page * sizeof entry)) == sizeof entry && entry >> 62;
+}
+
+// Of an adopted program only the DMS knows what it has of the pages that are not there.
+static bool perhaps_stored(const struct space *s, uint64_t page) { return s->asks && ranges_has(&s->known, page); }
+
+static bool held(const struct space *s, uint64_t page, enum page_state state) {
+    return state != PS_NEW || perhaps_stored(s, page);
+}
+
+static bool away(const struct space *s, uint64_t page, enum page_state state) {
+    return state == PS_NEW ? perhaps_stored(s, page) && !present(s, page) : state != PS_RESIDENT;
+}
+
+static void look(struct edm_engine *g, struct space *s, const struct edm_ask *ask, struct edm_answer *out) {
+    bool brought = false;
+    for (uint32_t i = 0; i < ask->count; i++) {
+        uint64_t page = ask->first + i;
+        struct lspt_entry *e = lspt_entry(&s->lspt, page);
+        enum page_state state = e ? (enum page_state)e->state : PS_NEW;
+        if (!(ask->op == EDM_ASK_HELD ? held(s, page, state) : away(s, page, state)))
+            continue;
+        out->pages[i / 64] |= 1ull << i % 64;
+        if (ask->op == EDM_ASK_BRING && state != PS_FETCHING) {
+            queue_push(&g->ready, s, page, 0);
+            brought = true;
+        }
+    }
+    if (brought)
+        engine_kick(g);
+    uint64_t after = ask->first + ask->count;
+    struct leaf *l = lspt_next(&s->lspt, after);
+    out->next = s->asks ? after : l ? (l->base > after ? l->base : after) : LSPT_MAX_PAGE;
+}
+
+static void answer(struct edm_engine *g, const struct edm_ask *ask, struct edm_answer *out) {
+    *out = (struct edm_answer){.magic = EDM_CTL_MAGIC, .status = -EINVAL};
+    if ((ask->op != EDM_ASK_HELD && ask->op != EDM_ASK_BRING) || !ask->count || ask->count > EDM_ASK_PAGES ||
+        ask->first >= LSPT_MAX_PAGE - ask->count)
+        return;
+    pthread_mutex_lock(&g->mu);
+    struct space *s = space_asked(g, ask->pid);
+    out->status = s ? 0 : -ESRCH;
+    if (s)
+        look(g, s, ask, out);
+    pthread_mutex_unlock(&g->mu);
+}
+
+void asked(struct edm_engine *g, int sock) {
+    while (!atomic_load(&g->stop)) {
+        struct pollfd p = {sock, POLLIN, 0};
+        if (poll(&p, 1, LOOK_MS) == 0)
+            continue;
+        struct edm_ask ask;
+        struct edm_answer out;
+        if (recv(sock, &ask, sizeof ask, 0) != (ssize_t)sizeof ask || ask.magic != EDM_CTL_MAGIC)
+            return;
+        answer(g, &ask, &out);
+        if (send(sock, &out, sizeof out, MSG_NOSIGNAL) != (ssize_t)sizeof out)
+            return;
+    }
+}

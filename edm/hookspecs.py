@@ -15,7 +15,9 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from edm.dms.table import PageTable
     from edm.interfaces import EvictionModel, FaultSource, PageStore, SptStore, Transport
+    from edm.stores.damage import Damage
     from edm.types import LaunchPlan, RunContext
 
 PROJECT: Final = "edm"
@@ -70,10 +72,15 @@ class TransportSpec(PluginSpec):
 
 @attrs.frozen(kw_only=True)
 class SptStoreSpec(PluginSpec):
-    """An SPT store. `open(options, context)`; `context.store_dir` exists. durable: survives the server."""
+    """An SPT store. `open(options, context)`; `context.store_dir` exists. durable: survives the server.
+
+    inspect: for `edm store verify`, where `open` raises `Corrupt`: what can be read without changing anything, and
+    what is damaged.
+    """
 
     open: Callable[[Any, RunContext], SptStore]
     durable: bool = False
+    inspect: Callable[[RunContext], tuple[PageTable, list[Damage]]] | None = None
 
 
 @attrs.frozen(kw_only=True)

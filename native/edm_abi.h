@@ -563,6 +563,8 @@ void edm_pf_close(struct edm_pf *pf);
 int edm_pf_attach(struct edm_pf *pf, uint64_t number, int missing);
 /* Once, after attaching: the slots in use. Segments without any are removed. */
 int edm_pf_live(struct edm_pf *pf, const uint64_t *slots, size_t n);
+/* The same where not all slots in use are known: nothing is removed, and nothing may be written. */
+int edm_pf_mark(struct edm_pf *pf, const uint64_t *slots, size_t n);
 /* Write n pages to fresh slots. -EDQUOT: the limit; nothing is kept on an error. */
 int edm_pf_put(struct edm_pf *pf, const void *pages, const uint32_t *sums, size_t n, uint64_t *slots);
 /* Read n slots. -ENOENT: not in use, or its file is gone; -ENODATA: the file is too short; -EBADMSG: checksum. */

@@ -52,7 +52,7 @@ void edm_pf_error(const struct edm_pf *pf, struct edm_pf_error *out) { *out = pf
 
 // ---- free slots
 
-int edm_pf_live(struct edm_pf *pf, const uint64_t *slots, size_t n) {
+int edm_pf_mark(struct edm_pf *pf, const uint64_t *slots, size_t n) {
     if (!pf)
         return -EBADF;
     for (size_t i = 0; i < n; i++) {
@@ -72,6 +72,14 @@ int edm_pf_live(struct edm_pf *pf, const uint64_t *slots, size_t n) {
             pf->used_pages++;
         }
     }
+    return 0;
+}
+
+int edm_pf_live(struct edm_pf *pf, const uint64_t *slots, size_t n) {
+    int failed = edm_pf_mark(pf, slots, n);
+
+    if (failed)
+        return failed;
     for (size_t i = 0; i < pf->count; i++) {
         struct pf_segment *segment = pf->segments[i];
         if (!segment)

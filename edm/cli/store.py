@@ -22,10 +22,10 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _DIRECTORY = click.argument("directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 
 
-def _open(directory: Path) -> OfflineStore:
+def _open(directory: Path, *, damaged_too: bool = False) -> OfflineStore:
     from edm.stores.offline import OfflineStore  # noqa: PLC0415
 
-    return OfflineStore(directory)
+    return OfflineStore(directory, damaged_too=damaged_too)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,14 +72,16 @@ def list_regions(directory: Path, as_json: bool) -> None:
 @_JSON
 def verify(directory: Path, as_json: bool) -> int:
     """Read and check every page; exit 1 with the list of what is damaged."""
-    with _open(directory) as store, _Progress("checking", store.page_count) as progress:
+    with _open(directory, damaged_too=True) as store, _Progress("checking", store.page_count) as progress:
         damaged = store.verify(progress.advance)
         pages = store.page_count
     if as_json:
-        click.echo(json.dumps({"pages": pages, "damaged": damaged}, indent=2))
+        click.echo(json.dumps({"pages": pages, "damaged": [one.as_json() for one in damaged]}, indent=2))
     elif damaged:
-        rows = [[d["page"], d["file"], d["reason"]] for d in damaged]
-        _print_table(f"{len(damaged)} damaged of {pages} pages", ["page", "file", "reason"], rows)
+        bad = sum(bool(one.page) for one in damaged)
+        title = f"{bad} damaged of {pages} pages" + (f", and {len(damaged) - bad} other places" * (bad < len(damaged)))
+        rows = [[d.page, str(d.file), "" if d.offset is None else str(d.offset), d.reason] for d in damaged]
+        _print_table(title, ["page", "file", "at byte", "reason"], rows)
     else:
         click.echo(f"{pages} pages, all as they were stored")
     return 1 if damaged else 0
@@ -112,7 +114,7 @@ def export(directory: Path, region: int, output: Path) -> int:
     with _open(directory) as store, _Progress("exporting", store.pages_of(region)) as progress:
         damaged = store.export(region, output, progress.advance)
     for entry in damaged:
-        click.echo(f"edm: left out page {entry['page']}: {entry['reason']} ({entry['file']})", err=True)
+        click.echo(f"edm: left out page {entry.page}: {entry.reason} ({entry.file})", err=True)
     return 1 if damaged else 0
 
 

@@ -8,19 +8,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from edm.errors import StoreError, StoreFull, StoreLocked, UsageError
+from edm._native import ffi, lib
+from edm.errors import Corrupt, StoreError, StoreFull, StoreLocked, UsageError
+from edm.stores.damage import Damage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+log = logging.getLogger(__name__)
 
 LOCK: Final = "LOCK"
 FORMAT: Final = "FORMAT"
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _CLEAN: Final = "clean"
+_UNKNOWN: Final = "unknown"
+_DAMAGED: Final = "damaged"
 _STATE_BYTES: Final = 128
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says when there is no room."""
@@ -41,31 +48,53 @@ class StoreDirectory:
 
     name, version: what FORMAT must say; figures: numbers that are fixed when the store is made, e.g. a segment's size.
     was_clean: whoever had it open last closed it. lost_power: the machine went down while it was open, so what was not
-    synced may be gone.
+    synced may be gone. damage: what is damaged and can be done without. That is `LOCK`: then neither was_clean nor
+    lost_power is set, so that nothing is left out for a loss of power that may never have been.
     """
 
     def __init__(self, path: Path, name: str, version: int, figures: Mapping[str, int] | None = None) -> None:
         self.path = path
+        self.damage: list[Damage] = []
         with saying(path):
             self._open(name, version, dict(figures or {}))
-        self._closed = False
+        self._begun = self._closed = False
 
     def _open(self, name: str, version: int, figures: dict[str, int]) -> None:
         path = self.path
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _lock(path)
         try:
-            last = os.pread(self._lock, 256, 0).decode(errors="replace").split()
-            self.was_clean = bool(last) and last[-1] == _CLEAN
-            self.lost_power = bool(last) and last[-1] not in {_CLEAN, _boot()}
-            self._write(_boot())
-            # Else a loss of power could leave "clean" from the time before.
-            os.fsync(self._lock)
+            found = os.pread(self._lock, 2 * _STATE_BYTES, 0)
+            made = (path / FORMAT).exists()
+            if not made:
+                self._write(_CLEAN)
             self.figures = self._check_format(name, version, figures)
+            self._state = _state_in(found) if made else _CLEAN
+            if self._state == _DAMAGED:
+                reason = "its checksum does not match: how the store was last closed is not known"
+                self.damage.append(Damage(file=path / LOCK, offset=0, reason=reason))
+                log.warning("%s: %s", path / LOCK, reason)
+            self.was_clean = made and self._state == _CLEAN
+            self.lost_power = self._state not in {_CLEAN, _DAMAGED, _UNKNOWN, _boot()}
+            if self._state == _DAMAGED:
+                self._state = _UNKNOWN
+            # Whose it is, for whoever comes next; how it was left stays until `begin`.
+            self._write(self._state)
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except BaseException:
             os.close(self._lock)
             raise
+
+    def begin(self) -> None:
+        """What a former server left is in order: from here on LOCK speaks of this one. Raises `StoreError`.
+
+        An opening that fails before this is made again from the same state: it has not forgotten a loss of power.
+        """
+        with saying(self.path / LOCK):
+            self._write(_boot())
+            # Else a loss of power could leave "clean" from the time before.
+            os.fsync(self._lock)
+        self._begun = True
 
     def close(self, *, clean: bool) -> None:
         """Let go of the directory, in any case; clean: everything in it is synced. Raises `StoreError`."""
@@ -73,7 +102,7 @@ class StoreDirectory:
             return
         self._closed = True
         try:
-            if clean:
+            if clean and self._begun:
                 with saying(self.path / LOCK):
                     self._write(_CLEAN)
                     os.fsync(self._lock)
@@ -87,28 +116,49 @@ class StoreDirectory:
             os.fsync(self.fd)
 
     def _write(self, state: str) -> None:
-        # Always as long, so that nothing of what stood here before is left.
-        text = f"{os.getpid()} {state}\n".rjust(_STATE_BYTES).encode()
-        if os.pwrite(self._lock, text, 0) != len(text):
+        record = lock_record(state)
+        if os.pwrite(self._lock, record, 0) != len(record):
             raise OSError(errno.EIO, "only a part was written")
 
     def _check_format(self, name: str, version: int, figures: dict[str, int]) -> dict[str, int]:
         path = self.path / FORMAT
         if not path.exists():
             lines = [f"{name} {version}", *(f"{key} {value}" for key, value in figures.items())]
-            _write_whole(path, "\n".join([*lines, ""]))
+            text = "\n".join([*lines, ""])
+            _write_whole(path, f"{text}checksum {_sum_of(text.encode()):08x}\n")
             return figures
-        try:
-            first, *rest = path.read_text().splitlines()
-            found_name, found_version = first.rsplit(" ", 1)
-            found = {key: int(value) for key, value in (line.split(" ") for line in rest)}
-            if found_name != name or set(found) != set(figures):
-                raise ValueError
-        except ValueError:
-            raise StoreError(f"{path}: damaged, or not of a store that EDM made ('{name} {version}')") from None
+        damaged = Corrupt(f"{path}: damaged, or not of a store that EDM made ('{name} {version}')")
+        data = path.read_bytes()
+        body, mark, found_sum = data.rpartition(b"checksum ")
+        if data.startswith(f"{name} 1\n".encode()) and not mark:
+            body = data
+        elif not mark or found_sum != f"{_sum_of(body):08x}\n".encode():
+            raise damaged
+        first, *rest = body.decode(errors="replace").splitlines()
+        found_name, _, found_version = first.rpartition(" ")
+        if found_name != name:
+            raise damaged
         if found_version != str(version):
             raise UsageError(f"{self.path} has format {found_version}, this EDM reads and writes format {version}")
-        return found
+        return {key: int(value) for key, value in (line.split(" ") for line in rest)}
+
+
+def lock_record(state: str, pid: int | None = None) -> bytes:
+    """What LOCK holds: the process, the boot it runs in (or how it was closed), and the checksum of both."""
+    text = f"{pid or os.getpid()} {state}"
+    # Always as long, so that nothing of what stood here before is left.
+    return f"{text} {_sum_of(text.encode()):08x}\n".rjust(_STATE_BYTES).encode()
+
+
+def _state_in(found: bytes) -> str:
+    words = found.decode(errors="replace").split()
+    if len(words) == 3 and words[0].isdecimal() and found == lock_record(words[1], int(words[0])):
+        return words[1]
+    return _DAMAGED
+
+
+def _sum_of(data: bytes) -> int:
+    return int(lib.edm_crc32c(ffi.from_buffer(data), len(data)))
 
 
 def _lock(path: Path) -> int:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from edm.dms.control import INSTANCE_SHIFT
-from edm.dms.table import NO_SLOTS, page_checksums
+from edm.dms.table import NO_SLOTS, PageTable, page_checksums
 from edm.errors import Corrupt, EdmError, UsageError
 from edm.registry import Registry
+from edm.stores.damage import Damage
 from edm.types import PAGE_BYTES, PageId, RunContext
 
 if TYPE_CHECKING:
@@ -22,35 +23,66 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
-    from edm.interfaces import PageStore, SptStore
     from edm.types import PageRefs, Slots
 
 _BATCH: Final = 256
 
 
 class OfflineStore:
-    """The two halves of a store, found by what is in the directory. Raises `UsageError` where there is none."""
+    """The two halves of a store, found by what is in the directory. Raises `UsageError` where there is none.
 
-    def __init__(self, directory: Path) -> None:
+    damaged_too: where the page table is damaged, what can be read of it is looked at, and nothing may be changed;
+    damage: what was found so far. spt: an `SptStore`, or the `PageTable` that could be read; pages: a `PageStore`, or
+    None where it does not open.
+    """
+
+    spt: Any
+    pages: Any = None
+
+    def __init__(self, directory: Path, *, damaged_too: bool = False) -> None:
         self.directory = _found(directory)
-        halves = {
+        self.halves = {
             "spt_store": "file" if (self.directory / "spt").is_dir() else "lmdb",
             "page_store": "file" if (self.directory / "pages").is_dir() else "lmdb",
         }
-        if "lmdb" in halves.values() and not (self.directory / "lmdb").is_dir():
-            kind = "page table" if halves["spt_store"] == "lmdb" else "pages"
+        if "lmdb" in self.halves.values() and not (self.directory / "lmdb").is_dir():
+            kind = "page table" if self.halves["spt_store"] == "lmdb" else "pages"
             raise UsageError(f"{self.directory} has no {kind} on disk: nothing to look at")
-        context = RunContext(self.directory, self.directory, "store")
-        registry = Registry()
+        self.damage: list[Damage] = []
         with ExitStack() as opened:
-            spt_spec, page_spec = registry.spt_store(halves["spt_store"]), registry.page_store(halves["page_store"])
-            self.spt: SptStore = spt_spec.open(spt_spec.options(), context)
-            opened.callback(self.spt.close)
-            self.pages: PageStore = page_spec.open(page_spec.options(), context)
-            opened.callback(self.pages.close)
-            self.pages.live(np.concatenate([slots for _, slots in self._regions()] or [NO_SLOTS]))
+            whole = self._open(opened, damaged_too=damaged_too)
+            if self.pages is not None:
+                slots = np.concatenate([slots for _, slots in self._regions()] or [NO_SLOTS])
+                see = self.pages.live if whole else getattr(self.pages, "look", None)
+                if see:
+                    see(slots)
             self._opened = opened.pop_all()
-        self.halves = halves
+
+    def _open(self, opened: ExitStack, *, damaged_too: bool) -> bool:
+        """Open both halves; whether the page table is whole."""
+        context, registry = RunContext(self.directory, self.directory, "store"), Registry()
+        spt_spec = registry.spt_store(self.halves["spt_store"])
+        page_spec = registry.page_store(self.halves["page_store"])
+        whole = True
+        try:
+            self.spt = spt_spec.open(spt_spec.options(), context)
+            opened.callback(self.spt.close)
+            self.damage += getattr(self.spt, "damage", [])
+        except Corrupt as error:
+            if not damaged_too or spt_spec.inspect is None:
+                raise
+            whole = False
+            self.spt, self.damage = _inspected(spt_spec.inspect, context, error)
+        try:
+            self.pages = page_spec.open(page_spec.options(), context)
+            opened.callback(self.pages.close)
+            self.damage += [one for one in getattr(_innermost(self.pages), "damage", []) if one not in self.damage]
+        except Corrupt as error:
+            if not damaged_too:
+                raise
+            if not any(str(one.file) in str(error) for one in self.damage):
+                self.damage.append(Damage(file=self.directory, reason=str(error)))
+        return whole
 
     def __enter__(self) -> Self:
         return self
@@ -61,11 +93,11 @@ class OfflineStore:
     @property
     def page_count(self) -> int:
         """Pages in all regions."""
-        return sum(self.spt.regions().values())
+        return int(sum(self.spt.regions().values()))
 
     def pages_of(self, region: int) -> int:
         """Pages of one region; raises `UsageError` for one that is not there."""
-        regions = self.spt.regions()
+        regions: dict[int, int] = self.spt.regions()
         if region not in regions:
             raise UsageError(f"{self.directory} has no region {region:#x} (see 'edm store list {self.directory}')")
         return regions[region]
@@ -85,12 +117,11 @@ class OfflineStore:
             for region, pages in self.spt.regions().items()
         ]
 
-    def verify(self, advance: Callable[[int], None]) -> list[dict[str, str]]:
-        """Read every page; what is damaged, with page, file and reason."""
-        damaged = [
-            {"page": "", "file": str(path), "reason": "the file's header is damaged"}
-            for path in getattr(_innermost(self.pages), "damaged_headers", [])
-        ]
+    def verify(self, advance: Callable[[int], None]) -> list[Damage]:
+        """Read every page; all that is damaged."""
+        damaged = list(self.damage)
+        if self.pages is None:
+            return damaged
         into = memoryview(bytearray(_BATCH * PAGE_BYTES))
         for refs, slots in self._regions():
             for at in range(0, len(refs), _BATCH):
@@ -110,7 +141,7 @@ class OfflineStore:
         self.spt.flush()
         return {"before_bytes": before, "after_bytes": self._disk_bytes()}
 
-    def export(self, region: int, output: Path, advance: Callable[[int], None]) -> list[dict[str, str]]:
+    def export(self, region: int, output: Path, advance: Callable[[int], None]) -> list[Damage]:
         """Write a region to a sparse file, and what it holds to another beside it; returns what is damaged."""
         refs, slots = self.spt.pages(region)
         first = int(refs["index"][0]) if len(refs) else 0
@@ -149,11 +180,15 @@ class OfflineStore:
                 bad.append((i, str(error)))
         return bad
 
-    def _entry(self, refs: PageRefs, slots: Slots, at: int, reason: str) -> dict[str, str]:
-        where = getattr(self.pages, "where", None)
-        file = where(int(slots[at])) if where else self.directory
-        page = PageId(int(refs["region"][at]), int(refs["index"][at]))
-        return {"page": str(page), "file": str(file), "reason": reason}
+    def _entry(self, refs: PageRefs, slots: Slots, at: int, reason: str) -> Damage:
+        where, offset = getattr(self.pages, "where", None), getattr(self.pages, "offset", None)
+        slot = int(slots[at])
+        return Damage(
+            file=where(slot) if where else self.directory,
+            offset=offset(slot) if offset else None,
+            page=str(PageId(int(refs["region"][at]), int(refs["index"][at]))),
+            reason=reason,
+        )
 
     def _regions(self) -> Iterator[tuple[PageRefs, Slots]]:
         for region in self.spt.regions():
@@ -161,6 +196,15 @@ class OfflineStore:
 
     def _disk_bytes(self) -> int:
         return sum(path.stat().st_blocks * 512 for path in self.directory.rglob("*") if path.is_file())
+
+
+def _inspected(inspect: Any, context: RunContext, error: Corrupt) -> tuple[PageTable, list[Damage]]:
+    try:
+        table, damage = inspect(context)
+    except Corrupt as again:
+        table, damage, error = PageTable(), [], again
+    # Whatever `inspect` takes for sound, the store does not open.
+    return table, damage or [Damage(file=context.store_dir, reason=str(error))]
 
 
 def _found(directory: Path) -> Path:

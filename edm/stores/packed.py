@@ -212,6 +212,16 @@ class PackedPages:
 
     def live(self, slots: Slots) -> None:
         """See `PageStore`."""
+        self._inner.live(self._behind(slots))
+
+    def look(self, slots: Slots) -> None:
+        """As the store behind, where it has to be told."""
+        look, behind = getattr(self._inner, "look", None), self._behind(slots)
+        if look:
+            look(behind)
+
+    def _behind(self, slots: Slots) -> Slots:
+        """Count what is in use, and give the slots that hold it in the store behind."""
         # Clones share a slot: each counts once here, except zeros, which are counted by reference and cost nothing.
         unique = np.unique(slots)
         member = (unique & np.uint64(_MEMBER)) != 0
@@ -221,7 +231,7 @@ class PackedPages:
         self._members = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
         self._packed = int(member.sum())
         self._zeros = int((slots == np.uint64(_ZERO)).sum())
-        self._inner.live(np.concatenate([unique[~member & ~zero], numbers]))
+        return np.concatenate([unique[~member & ~zero], numbers])
 
     def sync(self) -> None:
         """As the store behind."""
@@ -235,9 +245,13 @@ class PackedPages:
         """The file that holds a slot, as the store behind says."""
         if slot & _ZERO:
             return "no file: a page of zeros"
-        behind = (slot ^ _MEMBER) >> _MEMBER_BITS if slot & _MEMBER else slot
         where = getattr(self._inner, "where", None)
-        return where(behind) if where else "the page store"
+        return where(_slot_behind(slot)) if where else "the page store"
+
+    def offset(self, slot: int) -> int | None:
+        """Where in its file a slot's page, or the page it is packed into, begins; None: not known."""
+        offset = getattr(self._inner, "offset", None)
+        return None if slot & _ZERO or offset is None else offset(_slot_behind(slot))
 
     def stat(self) -> dict[str, Any]:
         """The figures of the store behind, and how many pages take less than a page."""
@@ -260,6 +274,10 @@ class PackedPages:
             makers: Iterable[tuple[int, type[_Codec]]] = _CODECS.values()
             self._codecs[number] = dict(makers)[number]()
         return self._codecs[number]
+
+
+def _slot_behind(slot: int) -> int:
+    return (slot ^ _MEMBER) >> _MEMBER_BITS if slot & _MEMBER else slot
 
 
 class _Container:

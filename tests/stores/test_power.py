@@ -11,6 +11,7 @@ from edm.errors import StoreError
 from edm.plugins.store_file import spt as file_spt
 from edm.plugins.store_file.pages import FilePages
 from edm.plugins.store_file.spt import FileSpt
+from edm.stores.directory import lock_record
 from edm.testing.pages import batch_of
 from edm.testing.stores import open_store
 from edm.types import PAGE_BYTES, EvictStatus, GetStatus
@@ -51,7 +52,7 @@ class Disk:
         names = self._random.choice([now, self._names, {**self._names, **now}] if self._names else [now])
         for name, data in names.items():
             (target / name).write_bytes(now.get(name, data))
-        (target / "LOCK").write_text("1 another-boot\n")
+        (target / "LOCK").write_bytes(lock_record("another-boot"))
 
     def _mixed(self, path):
         new, old = path.read_bytes(), self._synced.get(path.stat().st_ino, b"")
@@ -249,7 +250,7 @@ def test_lmdb_power_loss_undoes_at_most_what_the_policy_says(tmp_path, policy):
             image = tmp_path / "image"
             shutil.copytree(live, image)
             (image / "lmdb" / "data.mdb").write_bytes(data)
-            (image / "lmdb" / "LOCK").write_text("1 another-boot\n")
+            (image / "lmdb" / "LOCK").write_bytes(lock_record("another-boot"))
             _check_lmdb(image, options, stored[max(0, number - 1)])
             shutil.rmtree(image)
     server.close()

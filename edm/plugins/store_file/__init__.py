@@ -17,7 +17,9 @@ from edm.types import PAGE_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from edm.dms.table import PageTable
     from edm.interfaces import PageStore, SptStore
+    from edm.stores.damage import Damage
     from edm.types import RunContext
 
 
@@ -52,6 +54,12 @@ def _open_spt(options: FileSptOptions, context: RunContext) -> SptStore:
     return FileSpt(context.store_dir / "spt", options.sync, group_pages=max(1, options.group // PAGE_BYTES))
 
 
+def _inspect_spt(context: RunContext) -> tuple[PageTable, list[Damage]]:
+    from edm.plugins.store_file.spt import inspect  # noqa: PLC0415
+
+    return inspect(context.store_dir / "spt")
+
+
 def _open_pages(options: FilePagesOptions, context: RunContext) -> PageStore:
     from edm.plugins.store_file.pages import FilePages  # noqa: PLC0415
     from edm.stores.wrapping import wrapped  # noqa: PLC0415
@@ -75,6 +83,7 @@ def edm_spt_stores() -> Iterable[SptStoreSpec]:
         options=FileSptOptions,
         open=_open_spt,
         durable=True,
+        inspect=_inspect_spt,
     )
 
 

@@ -17,6 +17,7 @@ from edm._native import ffi, lib
 from edm.dms.table import words_at
 from edm.errors import Corrupt, StoreError, StoreFull, UsageError
 from edm.ops import PAGE_STORE, capsule
+from edm.stores.damage import Damage
 from edm.stores.directory import FULL, StoreDirectory, saying
 from edm.types import PAGE_BYTES
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from edm.types import Slots
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _SEGMENT: Final = re.compile(r"([0-9a-f]{8,16})\.pages")
 _NONE_IN_PARTICULAR: Final = (1 << 64) - 1
 
@@ -42,7 +43,7 @@ class FilePages:
         self._segment_pages = self._directory.figures["segment_pages"]
         self._limit_pages = limit_pages
         self._closed = False
-        self.damaged_headers: list[Path] = []
+        self.damage = self._directory.damage
         _raise_file_limit()
         self.native = lib.edm_pf_open(self._directory.fd, self._segment_pages, limit_pages, direct)
         try:
@@ -57,6 +58,7 @@ class FilePages:
                 self._check_direct()
             with saying(path):
                 self._attach()
+            self._directory.begin()
         except BaseException:
             self._release(clean=False)
             raise
@@ -81,6 +83,10 @@ class FilePages:
         """See `PageStore`."""
         self._check(lib.edm_pf_live(self.native, words_at(slots), len(slots)), "opening")
 
+    def look(self, slots: Slots) -> None:
+        """Make pages readable as `live` does, where not all that is stored is known: nothing is removed."""
+        self._check(lib.edm_pf_mark(self.native, words_at(slots), len(slots)), "opening")
+
     def sync(self) -> None:
         """See `PageStore`: to the disk only with sync = always; the kernel has it in any case."""
         if self._always:
@@ -99,6 +105,11 @@ class FilePages:
     def where(self, slot: int) -> Path:
         """The file that holds a slot."""
         return self._path / f"{slot // self._segment_pages:08x}.pages"
+
+    def offset(self, slot: int) -> int:
+        """Where in its file a slot's page begins."""
+        sums_pages = -(-self._segment_pages * 4 // PAGE_BYTES)
+        return (1 + sums_pages + slot % self._segment_pages) * PAGE_BYTES
 
     def stat(self) -> dict[str, Any]:
         """Pages, files, and the room they take."""
@@ -139,7 +150,7 @@ class FilePages:
                 if result < 0:
                     raise StoreError(f"{entry}: {os.strerror(-result)}")
                 if result:
-                    self.damaged_headers.append(entry)
+                    self.damage.append(Damage(file=entry, offset=0, reason="the file's header is damaged"))
 
     def _check_direct(self) -> None:
         try:

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any, Final
 from edm._native import lib
 from edm.dms.table import PageTable
 from edm.errors import Corrupt, StoreError
-from edm.plugins.store_file.journal import JournalWriter, Replayed, change, record, replay, whole_table
+from edm.plugins.store_file.journal import JournalWriter, change, record, whole_table
+from edm.plugins.store_file.reading import Replayed, replay, salvage
 from edm.stores.directory import StoreDirectory, saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from edm.stores.damage import Damage
     from edm.types import PageRefs, Slots
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _SUFFIX: Final = ".journal"
 _COMPACT_LEAST_BYTES: Final = 16 << 20
 _COMPACT_LEAST_FRAMES: Final = 1 << 17
@@ -60,6 +62,7 @@ class FileSpt(PageTable):
         try:
             with saying(path):
                 self._open()
+            self._directory.begin()
         except BaseException:
             self._directory.close(clean=False)
             raise
@@ -138,6 +141,11 @@ class FileSpt(PageTable):
     def stat(self) -> dict[str, Any]:
         """The table's figures, and the journal's length."""
         return {**super().stat(), "journal_bytes": self._journal.end, "torn_bytes": self._torn_bytes}
+
+    @property
+    def damage(self) -> list[Damage]:
+        """What was found damaged when it was opened, and could be done without."""
+        return self._directory.damage
 
     def close(self) -> None:
         """See `SptStore`."""
@@ -243,6 +251,21 @@ class FileSpt(PageTable):
         if self._directory_unsynced:
             self._directory.sync()
             self._directory_unsynced = False
+
+
+def inspect(path: Path) -> tuple[PageTable, list[Damage]]:
+    """What can be read of a damaged journal, without changing it: the table so far, and where it is damaged."""
+    directory = StoreDirectory(path, "edm SPT journal", FORMAT_VERSION)
+    try:
+        table = PageTable()
+        damage = directory.damage
+        with saying(path):
+            found = sorted(path.glob("*" + _SUFFIX))
+            if found:
+                damage = damage + salvage(table, found[-1])
+        return table, damage
+    finally:
+        directory.close(clean=False)
 
 
 def _remove(path: Path) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _RESERVE_BYTES: Final = 64 << 20
 """Beyond the limit, for what must not fail for want of room: the SPT's rows, and deleting."""
 _LARGEST_BYTES: Final = 1 << 46
@@ -73,6 +73,7 @@ class Environment:
             shutil.rmtree(path / _COPY, ignore_errors=True)
             self._open_map()
             self._turns = self.table("turns", integer_key=False)
+            self._directory.begin()
         except BaseException:
             self._drop(None)
             self._directory.close(clean=False)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FETCH_PAGES: Final = 64
 MAX_PIDS: Final = 65536
+IDLE_BITS: Final = b"/sys/kernel/mm/page_idle/bitmap"
+"""What the kernel knows of frames that were not touched; there with CONFIG_IDLE_PAGE_TRACKING only."""
 _REQUESTS: Final[dict[int, Callable[[Any], dict[str, Any]]]] = {
     lib.EDM_OUT_CREATE: lambda o: {"op": "create_region", "region": o.region},
     lib.EDM_OUT_CLONE: lambda o: {"op": "clone_region", "region": o.a, "into": o.region},
@@ -109,6 +111,13 @@ class Engine:
     def use_write_back_channel(self, table: int) -> None:
         """Let evictions go through the C table at that address; before the first `poll_outbox`."""
         lib.edm_outbox_channel(self.native, ffi.cast("void *", table))
+
+    def use_policy(self, table: int) -> int:
+        """Evict in the order of the C table at that address; before `start`. 0, or the errno of the idle bits."""
+        result: int = lib.edm_engine_policy(self.native, ffi.cast("void *", table), IDLE_BITS)
+        if result < 0:
+            raise NativeError(-result, "edm_engine_policy")
+        return result
 
     def fault_batch(self, worker: int, count: int) -> tuple[PageRefs, memoryview]:
         """Views of the worker's first `count` refs and pages."""

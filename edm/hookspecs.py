@@ -93,9 +93,14 @@ class PageStoreSpec(PluginSpec):
 
 @attrs.frozen(kw_only=True)
 class EvictionPolicySpec(PluginSpec):
-    """An eviction policy. `model(options, capacity)`: the algorithm for `edm simulate`, `capacity` units of memory."""
+    """An eviction policy.
+
+    model(options, capacity): the algorithm for `edm simulate`, `capacity` units of memory. open(options): an object
+    that offers the C table "edm.policy_ops" (native/edm_ops.h), for `edm run`; None: there is only the model.
+    """
 
     model: Callable[[Any, int], EvictionModel]
+    open: Callable[[Any], object] | None = None
 
 
 class Hooks:
@@ -147,7 +152,7 @@ class Hooks:
 
     @hookspec
     def edm_eviction_policies(self) -> Iterable[EvictionPolicySpec]:  # type: ignore[empty-body]
-        """Offer eviction policies, as models that `edm simulate` plays traces over.
+        """Offer eviction policies: as models that `edm simulate` plays traces over, and as C tables for `edm run`.
 
         Example::
 

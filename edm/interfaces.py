@@ -224,6 +224,17 @@ class TakesTables(Protocol):
         """Carry evictions through the table at address `table`; called before the first `poll_outbox`."""
 
 
+@runtime_checkable
+class TakesPolicy(Protocol):
+    """A `FaultSource` that evicts, in the order of a policy's C table ("edm.policy_ops", see `edm.ops`)."""
+
+    def use_policy(self, table: int) -> int:
+        """Evict in the order of the table "edm.policy_ops" at that address, which must stay; called before `start`.
+
+        Returns 0, or the errno with which the kernel refused the idle bits that the policy looks at.
+        """
+
+
 class OutboxItem(Protocol):
     """One ordered message for the DMS: an eviction batch, or a control request."""
 

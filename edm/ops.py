@@ -18,8 +18,11 @@ OPS_VERSION: Final = 1
 CHANNEL: Final = b"edm.channel_ops"
 SERVER: Final = b"edm.server_ops"
 PAGE_STORE: Final = b"edm.page_store_ops"
+POLICY: Final = b"edm.policy_ops"
 SERVER_BYTES: Final = 32
 """sizeof(struct edm_server_ops)."""
+POLICY_BYTES: Final = 48
+"""sizeof(struct edm_policy_ops)."""
 
 _new = ctypes.pythonapi.PyCapsule_New
 _new.restype, _new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]

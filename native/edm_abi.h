@@ -39,7 +39,7 @@ struct edm_engine_config {
 
 struct edm_counters {
     uint64_t faults;         /* fault messages read */
-    uint64_t zero_fills;     /* new page: UFFDIO_ZEROPAGE */
+    uint64_t zero_fills;     /* new page: UFFDIO_ZEROPAGE, or UFFDIO_COPY of zeros */
     uint64_t fetches;        /* existing page: fetched from the DMS, UFFDIO_COPY */
     uint64_t rescues;        /* found in the write-back buffer, UFFDIO_COPY */
     uint64_t write_protects; /* first write to a clean page */
@@ -78,6 +78,7 @@ struct edm_counters {
 };
 
 struct edm_engine;
+struct edm_policy;
 
 /* NULL with errno set if memory or an fd cannot be had. */
 struct edm_engine *edm_engine_new(const struct edm_engine_config *config);
@@ -91,6 +92,15 @@ int32_t edm_engine_segment(struct edm_engine *engine);
 void edm_engine_holder(struct edm_engine *engine, int32_t holder);
 /* End the holders that an adopted engine took its descriptors from. */
 void edm_engine_release(struct edm_engine *engine);
+/* Evict in the order of a table of edm_ops.h ("edm.policy_ops"), which must outlive the engine; before it listens.
+   `idle_bits`: the kernel's file of them, for a policy that looks. 0; -EINVAL: another version's table; an errno above
+   0: done, but idle_bits cannot be opened. Without this call, edm_policy_scan(75). */
+int edm_engine_policy(struct edm_engine *engine, const void *ops, const char *idle_bits);
+/* The policies that are built in; a struct edm_policy begins with its table. NULL: no memory. */
+struct edm_policy *edm_policy_fifo(void);
+struct edm_policy *edm_policy_clock(bool idle_bits);
+struct edm_policy *edm_policy_scan(uint32_t kept_percent); /* of the local memory, for what came back soon */
+void edm_policy_free(struct edm_policy *policy);
 /* Start the LPET and accept programs on the unix socket `path`. 0 or -errno. */
 int edm_engine_listen(struct edm_engine *engine, const char *path, uint32_t instance);
 /* End all waiting calls; no fault is served after it. */

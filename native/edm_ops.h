@@ -41,3 +41,40 @@ struct edm_page_store_ops {
     /* As PageStore.get. 0 or a negative errno: the same call through Python says what it was. */
     int (*get)(void *self, const uint64_t *slots, uint32_t n, void *into);
 };
+
+/* "edm.policy_ops": offered by what EvictionPolicySpec.open returns. The engine keeps leaves (up to 64 neighbouring
+   pages that leave together) in queues and evicts from queue 0 on, coldest first; the policy says where a leaf stands.
+   Called with the engine's lock held, often: no waiting, no system calls. */
+#define EDM_POLICY_QUEUES 4
+#define EDM_POLICY_NOWHERE 0xffffffffu /* the leaf stands in no queue yet */
+#define EDM_POLICY_STAY 0xffffffffu
+#define EDM_POLICY_LEAVE 0xffffffffu
+
+enum edm_policy_idle { EDM_POLICY_UNKNOWN = -1, EDM_POLICY_TOUCHED = 0, EDM_POLICY_IDLE = 1 };
+
+struct edm_policy_view {
+    uint64_t capacity; /* pages: the local memory */
+    uint64_t pages[4]; /* resident in each queue (EDM_POLICY_QUEUES) */
+};
+
+struct edm_policy_leaf {
+    uint32_t queue; /* where it stands, or EDM_POLICY_NOWHERE */
+    uint32_t pages; /* resident */
+    uint64_t away;  /* pages evicted anywhere since one of it last was; UINT64_MAX: none ever was */
+    uint32_t back;  /* 1: the page that came had been evicted */
+    uint32_t reserved;
+};
+
+struct edm_policy_ops {
+    uint32_t version, bytes;
+    void *self;
+    /* Not 0: `leaving` wants to know whether the leaf was touched, from the kernel's idle bits where it has them. */
+    uint32_t looks, reserved;
+    /* A page came into a leaf: the queue at whose hot end it stands from now on, or EDM_POLICY_STAY. */
+    uint32_t (*arrived)(void *self, const struct edm_policy_view *view, const struct edm_policy_leaf *leaf);
+    /* After that, until it returns 0: 1, and the coldest leaf of *from goes to the hot end of *to. NULL: never. */
+    int (*balance)(void *self, const struct edm_policy_view *view, uint32_t *from, uint32_t *to);
+    /* A leaf is about to leave: EDM_POLICY_LEAVE, or the queue at whose hot end it stands instead. `idle`: enum
+       edm_policy_idle. NULL: it leaves. */
+    uint32_t (*leaving)(void *self, const struct edm_policy_view *view, const struct edm_policy_leaf *leaf, int idle);
+};

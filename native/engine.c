@@ -88,7 +88,7 @@ struct edm_engine *engine_alloc(const struct edm_engine_config *config) {
         return NULL;
     g->cfg = *config;
     g->former[0] = g->former[1] = -1;
-    g->epoll = g->kick = g->listen_fd = g->dev_fd = g->state_fd = -1;
+    g->epoll = g->kick = g->listen_fd = g->dev_fd = g->state_fd = g->idle_fd = -1;
     g->home = g->lpet_cpu = g->out_cpu = -1;
     return g;
 }
@@ -122,10 +122,12 @@ int engine_make(struct edm_engine *g) {
     g->out_pages = map_pages(EDM_OUTBOX_BATCH);
     g->out_refs = calloc(EDM_OUTBOX_BATCH, sizeof *g->out_refs);
     g->batch = batch_new();
+    g->own_policy = edm_policy_scan(75);
+    g->policy = (const struct edm_policy_ops *)g->own_policy;
     g->zeros = map_pages(MAX_FETCH);
     g->nfetch = MAX_WORKERS * MAX_FETCH;
     g->fetch = calloc(g->nfetch + 1, sizeof *g->fetch);
-    if (!g->slot || !g->out_pages || !g->out_refs || !g->batch || !g->zeros || !g->fetch)
+    if (!g->slot || !g->out_pages || !g->out_refs || !g->batch || !g->own_policy || !g->zeros || !g->fetch)
         goto fail;
     outbox_again(g);
     for (uint32_t i = g->nslots; i-- > 0;)
@@ -235,10 +237,11 @@ void edm_engine_free(struct edm_engine *g) {
     state_close(g);
     unmap_pages(g->out_pages, EDM_OUTBOX_BATCH);
     batch_free(g->batch);
+    edm_policy_free(g->own_policy);
     unmap_pages(g->zeros, MAX_FETCH);
     trace_free(g);
-    int fds[] = {g->epoll, g->kick, g->listen_fd, g->dev_fd, g->former[0], g->former[1]};
-    for (int i = 0; i < 6; i++)
+    int fds[] = {g->epoll, g->kick, g->listen_fd, g->dev_fd, g->idle_fd, g->former[0], g->former[1]};
+    for (int i = 0; i < 7; i++)
         if (fds[i] >= 0)
             close(fds[i]);
     free(g);

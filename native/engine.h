@@ -68,13 +68,15 @@ struct space;
 // 64 neighbouring pages (256 KiB): the unit of memory in the LSPT and of the LPET's order.
 struct leaf {
     struct space *space;
-    struct leaf *older, *newer;  // the LPET's list: head is coldest
+    struct leaf *older, *newer;  // the LPET's queue: see policy.c
     uint64_t base;               // page number of entry 0
     uint64_t resident;           // bitmap of PS_RESIDENT entries
     uint64_t refused;            // bitmap: the kernel would not move these (pinned, locked) lately
-    uint32_t refused_at;         // milliseconds, when they refused
-    bool listed;
-    bool moving;  // pages of it are moving out: none may be installed meanwhile
+    uint32_t left_at;            // the engine's `evicted` when a page of it left last; 0: none has
+    uint16_t refused_at;         // milliseconds, when they refused
+    uint8_t queue;
+    bool listed : 1;
+    bool moving : 1;  // pages of it are moving out: none may be installed meanwhile
     struct lspt_entry e[LEAF_PAGES];
 };
 _Static_assert(sizeof(struct leaf) + sizeof(struct leaf *) <= 16 * LEAF_PAGES, "the LSPT costs 16 bytes a page");
@@ -301,7 +303,14 @@ struct edm_engine {
     uint64_t resident, inbound, limit, high, low, batch_pages;
     uint64_t grace;  // faults let through above the limit since nothing could be evicted
 
-    struct leaf *coldest, *hottest;
+    struct leaf_queue {
+        struct leaf *coldest, *hottest;
+        uint64_t pages;
+    } queue[EDM_POLICY_QUEUES];
+    const struct edm_policy_ops *policy;
+    struct edm_policy *own_policy;  // while no other was chosen
+    uint32_t evicted;               // pages, so far
+    int idle_fd;                    // the kernel's idle bits; -1
     uint32_t reclaim_round;
     struct {
         struct space *space;
@@ -446,10 +455,19 @@ void batch_free(struct move_batch *b);
 
 // ---- reclaim.c (LPET)
 void *lpet_thread(void *engine);
-void leaf_touch(struct edm_engine *g, struct leaf *l);
-void leaf_unlist(struct edm_engine *g, struct leaf *l);
 void budget_set(struct edm_engine *g);
 void pages_excluded(int pid, struct ranges *out);
+
+// ---- policy.c
+// A page came into the leaf; `back`: it had been evicted.
+void leaf_arrived(struct edm_engine *g, struct leaf *l, bool back);
+void leaf_left(struct edm_engine *g, struct leaf *l);       // a page of it was evicted
+bool leaf_may_leave(struct edm_engine *g, struct leaf *l);  // or it stands elsewhere now
+void leaf_pass(struct edm_engine *g, struct leaf *l);       // to the hot end of its queue
+void leaf_unlist(struct edm_engine *g, struct leaf *l);
+struct leaf *leaf_coldest(const struct edm_engine *g);
+struct leaf *leaf_newer(const struct edm_engine *g, const struct leaf *l);
+enum edm_policy_idle leaf_idle(struct edm_engine *g, struct leaf *l);
 
 // ---- uffd.c, sidecar.c
 int uffd_open_api(struct edm_engine *g, int fd);

@@ -101,7 +101,7 @@ static void stays(struct edm_engine *g, struct leaf *l, const struct move_window
         e->flags &= ~PF_CLEAN;
     } else if (w->busy & bit) {
         l->refused |= bit;
-        l->refused_at = (uint32_t)(now_ns() / 1000000u);
+        l->refused_at = (uint16_t)(now_ns() / 1000000u);
         g->count.move_refused++;
     }
 }
@@ -133,6 +133,7 @@ static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_
                 engine_error(g, "page %#lx moved out in state %d", (unsigned long)(l->base + (uint64_t)i),
                              (int)e->state);
             entry_leave(l, e);
+            leaf_left(g, l);
             g->count.evictions++;
             e->where = 0;
             if (w->clean & bit) {

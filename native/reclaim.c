@@ -1,6 +1,6 @@
 // The LPET: when more pages are resident than the high threshold allows, cold ones leave until the low one. Coldness is
-// the order in which 256 KiB leaves last took a page in; a leaf's pages leave together, in runs, since a scattered page
-// of a busy program costs an order of magnitude more than one in a run.
+// the policy's to say (policy.c), of 256 KiB leaves; a leaf's pages leave together, in runs, since a scattered page of
+// a busy program costs an order of magnitude more than one in a run.
 #include "engine.h"
 
 #include <dirent.h>
@@ -30,29 +30,6 @@ void budget_set(struct edm_engine *g) {
     g->high = c->high_pages ? at_most(c->high_pages, g->limit) : at_least(g->limit - below, 1);
     uint64_t step = at_most(at_least(g->high / 16, 1), 1024);
     g->low = c->low_pages ? at_most(c->low_pages, g->high) : g->high - at_most(step, g->high);
-}
-
-void leaf_unlist(struct edm_engine *g, struct leaf *l) {
-    if (!l->listed)
-        return;
-    *(l->older ? &l->older->newer : &g->coldest) = l->newer;
-    *(l->newer ? &l->newer->older : &g->hottest) = l->older;
-    l->older = l->newer = NULL;
-    l->listed = false;
-}
-
-// The leaf took a page in: it is the hottest now.
-void leaf_touch(struct edm_engine *g, struct leaf *l) {
-    if (l == g->hottest)
-        return;
-    leaf_unlist(g, l);
-    l->older = g->hottest;
-    if (g->hottest)
-        g->hottest->newer = l;
-    else
-        g->coldest = l;
-    g->hottest = l;
-    l->listed = true;
 }
 
 // The pages around each thread's robust list head: struct pthread, where the kernel clears the thread's id when it
@@ -100,7 +77,7 @@ static uint32_t now_ms(void) { return (uint32_t)(now_ns() / 1000000u); }
 
 // Pages that may leave, and in *pass those that are not there: one move may reach across them.
 static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ranges *excluded, uint64_t *pass) {
-    if (l->refused && now_ms() - l->refused_at > REFUSED_MS)
+    if (l->refused && (uint16_t)(now_ms() - l->refused_at) > REFUSED_MS)
         l->refused = 0;
     *pass = 0;
     uint64_t mask = l->resident & ~l->refused & ~recent_mask(g, l);
@@ -146,14 +123,14 @@ static void choose(struct move_batch *b, struct leaf *l, uint64_t mask, uint64_t
 static struct space *select_batch(struct edm_engine *g, struct move_batch *b, uint64_t most) {
     struct space *s = NULL;
     struct ranges excluded = {0};
-    struct leaf *l = g->coldest, *next;
+    struct leaf *l = leaf_coldest(g), *next;
     for (uint32_t scanned = 0; l && scanned < SCAN_LEAVES && b->n < EDM_WINDOWS && most; l = next, scanned++) {
-        next = l->newer;
+        next = leaf_newer(g, l);
         if (s && l->space != s)
             continue;
         if (!can_move_out(l->space)) {
             if (next)
-                leaf_touch(g, l);
+                leaf_pass(g, l);
             continue;
         }
         if (!s && l->space->pid > 0) {
@@ -163,9 +140,11 @@ static struct space *select_batch(struct edm_engine *g, struct move_batch *b, ui
         uint64_t pass, mask = first_bits(evictable(g, l, &excluded, &pass), most);
         if (!mask) {
             if (next)
-                leaf_touch(g, l);  // nothing to have here: look at it again after the others
+                leaf_pass(g, l);  // nothing to have here: look at it again after the others
             continue;
         }
+        if (!leaf_may_leave(g, l))
+            continue;
         s = l->space;
         choose(b, l, mask, pass);
         most -= (uint64_t)__builtin_popcountll(mask);

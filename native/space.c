@@ -86,8 +86,10 @@ void space_wait_idle(struct space *s) {
 void entry_resident(struct space *s, struct leaf *l, struct lspt_entry *e, uint64_t page) {
     struct edm_engine *g = s->engine;
     uint64_t bit = 1ull << (page % LEAF_PAGES);
+    bool back = e->state == PS_STAGED || (e->state == PS_FETCHING && e->flags & PF_STORED);
     if (!(l->resident & bit)) {
         l->resident |= bit;
+        g->queue[l->queue].pages += l->listed;
         s->resident++;
         if (++g->resident > g->count.peak_resident)
             g->count.peak_resident = g->resident;
@@ -95,7 +97,7 @@ void entry_resident(struct space *s, struct leaf *l, struct lspt_entry *e, uint6
     e->state = PS_RESIDENT;
     e->where = 0;
     l->refused &= ~bit;
-    leaf_touch(g, l);
+    leaf_arrived(g, l, back);
 }
 
 void entry_arrived(struct space *s, struct leaf *l, struct lspt_entry *e, uint64_t page) {
@@ -132,6 +134,7 @@ void entry_leave(struct leaf *l, struct lspt_entry *e) {
     if (!(l->resident & bit))
         return;
     l->resident &= ~bit;
+    l->space->engine->queue[l->queue].pages -= l->listed;
     l->space->resident--;
     l->space->engine->resident--;
 }

@@ -89,7 +89,7 @@ def from_environment(environ: Mapping[str, str]) -> Layer:
 
 
 def from_file(path: Path) -> Layer:
-    """An edm.toml: settings at the top, options in [transport.NAME], [store.NAME], [fault_source.NAME].
+    """An edm.toml: settings at the top, options in [transport.NAME], [store.NAME], [policy.NAME], [fault_source.NAME].
 
     TOML does not let `transport` be a name and a table at once: beside [transport.mpi], say `transport.use = "mpi"`.
     """

@@ -28,6 +28,7 @@ SECTIONS: Final = {
     "transport": "transport",
     "spt_store": "store",
     "page_store": "store",
+    "policy": "policy",
 }
 """Kind of plugin → the section its options stand in. A store's two halves share one."""
 
@@ -44,6 +45,7 @@ class Config:
     transport: str = _setting("mpi", values.name, "what carries pages between DM-Handler and DMS", "NAME")
     spt_store: str = _setting("file", values.name, "where the DMS keeps its page table (SPT)", "NAME")
     page_store: str = _setting("file", values.name, "where the DMS keeps pages", "NAME")
+    policy: str = _setting("scan", values.name, "in which order pages are evicted", "NAME")
     local_memory: int | None = _setting(
         None,
         values.memory,

@@ -25,9 +25,12 @@ import setproctitle
 from edm import faultpoints
 from edm._native import lib
 from edm.config import Config
-from edm.errors import EdmError, NativeError, PeerLost, TransportError, UsageError
+from edm.engine import IDLE_BITS
+from edm.errors import EdmError, NativeError, PeerLost, PluginBroken, TransportError, UsageError
 from edm.handler.tracing import Recorder
 from edm.handler.workers import Workers
+from edm.interfaces import TakesPolicy
+from edm.ops import POLICY, POLICY_BYTES, address_of
 from edm.registry import Registry
 from edm.types import INHERITANCE_FILE, Inheritance, RunContext
 
@@ -149,6 +152,7 @@ class DmHandler:
         self._control = self._transport.connect()
         self.instances = self._greet(inheritance)
         self._tracing = Recorder(self.source, config.trace) if config.trace is not None else None
+        self._policy = self._choose_policy(registry)
         self.source.start(self.instances[0])
         self._workers = Workers(
             self.source,
@@ -166,6 +170,23 @@ class DmHandler:
         spec = registry.fault_source(self._config.fault_source)
         options = self._config.plugin_options("fault_source", spec.name, spec)
         return spec.open(options, self._config.handler_settings(), context)
+
+    def _choose_policy(self, registry: Registry) -> object:
+        """Have the source evict in the order the user chose; what is returned must live as long as the source."""
+        spec = registry.policy(self._config.policy)
+        if not isinstance(self.source, TakesPolicy) or spec.open is None:
+            raise UsageError(f"fault source {self._config.fault_source!r} cannot evict by policy {spec.name!r}")
+        policy = spec.open(self._config.plugin_options("policy", spec.name, spec))
+        table = address_of(policy, POLICY, POLICY_BYTES)
+        if not table:
+            raise PluginBroken(f"policy {spec.name!r} offers no table {POLICY.decode()!r} of this version of edm")
+        if refused := self.source.use_policy(table):
+            self._launcher.say(
+                "warning",
+                message=f"policy {spec.name}: the kernel does not say which pages were touched "
+                f"({IDLE_BITS.decode()}: {os.strerror(refused)}); it does without",
+            )
+        return policy
 
     def _greet(self, inheritance: Inheritance | None) -> tuple[int, ...]:
         """Say hello, or go on as who died; returns this DM-Handler's numbers, one from each memory server."""

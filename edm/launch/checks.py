@@ -107,8 +107,12 @@ def check_directory(path: Path) -> None:
 
 
 def check_plugins(config: Config, registry: Registry) -> None:
-    """Have the chosen fault source and transport say whether they can work here; raises `UsageError`."""
+    """Have the chosen fault source, transport and policy say whether they can work here; raises `UsageError`."""
     source = registry.fault_source(config.fault_source)
     source.check(config.plugin_options("fault_source", source.name, source))
     transport = registry.transport(config.transport)
     transport.check(config.plugin_options("transport", transport.name, transport))
+    policy = registry.policy(config.policy)
+    if policy.open is None:
+        raise UsageError(f"policy {policy.name!r} is a model only: edm simulate plays it, edm run cannot evict by it")
+    config.plugin_options("policy", policy.name, policy)

@@ -216,8 +216,12 @@ static void stream_is_brought_ahead(void) {
 static void failing_calls_lose_nothing(void) {
     begin(small);
     CHECK(edm_replay_fail(program, EDM_REPLAY_ZERO, 3, 5, EAGAIN) == 0);
-    write_all(64);
+    for (uint64_t i = 0; i < 64; i++)
+        CHECK(read_page(i) == 0);
     CHECK(counters().again >= 5 && !counters().internal_errors);
+    CHECK(edm_replay_fail(program, EDM_REPLAY_COPY, 3, 5, EAGAIN) == 0);  // a page that is written to at once
+    write_all(64);
+    CHECK(counters().again >= 10 && !counters().internal_errors);
     CHECK(edm_replay_fail(program, EDM_REPLAY_COPY, 2, 300, EAGAIN) == 0);
     for (uint64_t i = 0; i < 64; i++)
         CHECK(read_page(i) == i + 1);

@@ -1,6 +1,8 @@
 // The LSPT, page ranges and fault queues against models that are too simple to be wrong.
 #include "check.h"
 
+#include <unistd.h>
+
 #define SPAN 512  // page numbers the range model covers
 
 static uint64_t seed = 42;
@@ -174,7 +176,38 @@ static void queue_is_first_in_first_out(void) {
     free(q.v);
 }
 
+// ---- idle bits
+
+static uint64_t frame_of(struct space *s, uint64_t page) { return s->region + page; }
+
+// The file is the kernel's: a bit a frame, in words of 64.
+static void idle_bits_are_read_and_set(void) {
+    char path[] = "/tmp/edm-idle-XXXXXX";
+    int fd = mkstemp(path);
+    CHECK(fd >= 0 && unlink(path) == 0);
+    struct source_ops ops = {.pfn = frame_of};
+    struct space s = {.ops = &ops, .region = 1000};
+    struct leaf l = {.space = &s, .base = 64, .resident = 1ull << 30 | 1};  // frames 1064 and 1094
+    struct edm_engine g = {.idle_fd = fd};
+    uint64_t word[18] = {0};
+    CHECK(pwrite(fd, word, sizeof word, 0) == sizeof word);
+    CHECK(leaf_idle(&g, &l) == EDM_POLICY_TOUCHED);
+    CHECK(pread(fd, word, sizeof word, 0) == sizeof word);
+    for (int i = 0; i < 18; i++)  // 1064 = 16 * 64 + 40, 1094 = 17 * 64 + 6
+        CHECK(word[i] == (i == 16 ? 1ull << 40 : i == 17 ? 1ull << 6 : 0));
+    CHECK(leaf_idle(&g, &l) == EDM_POLICY_IDLE);
+    word[17] = 0;  // the kernel clears the bit of what was touched
+    CHECK(pwrite(fd, word, sizeof word, 0) == sizeof word);
+    CHECK(leaf_idle(&g, &l) == EDM_POLICY_TOUCHED);
+    s.region = 1 << 20;  // frames that the file does not have
+    CHECK(leaf_idle(&g, &l) == EDM_POLICY_UNKNOWN);
+    g.idle_fd = -1;
+    CHECK(leaf_idle(&g, &l) == EDM_POLICY_UNKNOWN);
+    close(fd);
+}
+
 int main(void) {
+    idle_bits_are_read_and_set();
     ranges_match_a_bitmap();
     lspt_matches_a_list();
     entry_keeps_its_fields_apart();

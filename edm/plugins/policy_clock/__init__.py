@@ -60,9 +60,19 @@ class Clock:
         return evicted
 
 
+def _open(options: ClockOptions) -> object:
+    from edm.policy import clock  # noqa: PLC0415 (the model needs no C)
+
+    return clock(options)
+
+
 @hookimpl
 def edm_eviction_policies() -> Iterable[EvictionPolicySpec]:
     """Offer `clock`."""
     yield EvictionPolicySpec(
-        name="clock", summary="second chance by idle bits, between two thresholds", options=ClockOptions, model=Clock
+        name="clock",
+        summary="second chance by idle bits, between two thresholds",
+        options=ClockOptions,
+        model=Clock,
+        open=_open,
     )

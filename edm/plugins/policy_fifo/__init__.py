@@ -32,7 +32,13 @@ class Fifo:
         return evicted
 
 
+def _open(options: NoOptions) -> object:
+    from edm.policy import fifo  # noqa: PLC0415 (the model needs no C)
+
+    return fifo(options)
+
+
 @hookimpl
 def edm_eviction_policies() -> Iterable[EvictionPolicySpec]:
     """Offer `fifo`."""
-    yield EvictionPolicySpec(name="fifo", summary="what came first leaves first", model=Fifo)
+    yield EvictionPolicySpec(name="fifo", summary="what came first leaves first", model=Fifo, open=_open)

@@ -72,9 +72,15 @@ class Scan:
         return [victim]
 
 
+def _open(options: ScanOptions) -> object:
+    from edm.policy import scan  # noqa: PLC0415 (the model needs no C)
+
+    return scan(options)
+
+
 @hookimpl
 def edm_eviction_policies() -> Iterable[EvictionPolicySpec]:
     """Offer `scan`."""
     yield EvictionPolicySpec(
-        name="scan", summary="keeps what comes back soon, lets scans pass", options=ScanOptions, model=Scan
+        name="scan", summary="keeps what comes back soon, lets scans pass", options=ScanOptions, model=Scan, open=_open
     )

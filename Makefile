@@ -89,7 +89,7 @@ bench: native
 docs: native
 	$(BIN)/python docs/generate.py
 
-C_FILES := $(wildcard native/*.[ch] native/app/*.[ch] native/bench/*.[ch] native/bench/*.cpp native/tests/*.[ch])
+C_FILES := $(wildcard native/*.[ch] native/app/*.[ch] native/debugger/*.[ch] native/bench/*.[ch] native/bench/*.cpp native/tests/*.[ch])
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,17 +34,30 @@ static bool away(const struct space *s, uint64_t page, enum page_state state) {
     return state == PS_NEW ? perhaps_stored(s, page) && !present(s, page) : state != PS_RESIDENT;
 }
 
+// Whether it is one of those that are asked for; *fault: what kind of fault brings it.
+static bool wanted(const struct space *s, uint64_t page, uint32_t op, uint32_t *fault) {
+    struct lspt_entry *e = lspt_entry(&s->lspt, page);
+    enum page_state state = e ? (enum page_state)e->state : PS_NEW;
+    bool write = op == EDM_ASK_BRING_WRITABLE;
+    *fault = write ? UFFD_PAGEFAULT_FLAG_WRITE : 0;
+    if (op == EDM_ASK_HELD)
+        return held(s, page, state);
+    if (!write || state != PS_RESIDENT)
+        return away(s, page, state);
+    *fault |= UFFD_PAGEFAULT_FLAG_WP;
+    return e->flags & PF_CLEAN;
+}
+
 static void look(struct edm_engine *g, struct space *s, const struct edm_ask *ask, struct edm_answer *out) {
     bool brought = false;
     for (uint32_t i = 0; i < ask->count; i++) {
         uint64_t page = ask->first + i;
-        struct lspt_entry *e = lspt_entry(&s->lspt, page);
-        enum page_state state = e ? (enum page_state)e->state : PS_NEW;
-        if (!(ask->op == EDM_ASK_HELD ? held(s, page, state) : away(s, page, state)))
+        uint32_t fault;
+        if (!wanted(s, page, ask->op, &fault))
             continue;
         out->pages[i / 64] |= 1ull << i % 64;
-        if (ask->op == EDM_ASK_BRING && state != PS_FETCHING) {
-            queue_push(&g->ready, s, page, 0);
+        if (ask->op != EDM_ASK_HELD) {
+            queue_push(&g->ready, s, page, fault);
             brought = true;
         }
     }
@@ -57,7 +70,7 @@ static void look(struct edm_engine *g, struct space *s, const struct edm_ask *as
 
 static void answer(struct edm_engine *g, const struct edm_ask *ask, struct edm_answer *out) {
     *out = (struct edm_answer){.magic = EDM_CTL_MAGIC, .status = -EINVAL};
-    if ((ask->op != EDM_ASK_HELD && ask->op != EDM_ASK_BRING) || !ask->count || ask->count > EDM_ASK_PAGES ||
+    if (ask->op < EDM_ASK_HELD || ask->op > EDM_ASK_BRING_WRITABLE || !ask->count || ask->count > EDM_ASK_PAGES ||
         ask->first >= LSPT_MAX_PAGE - ask->count)
         return;
     pthread_mutex_lock(&g->mu);

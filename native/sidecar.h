@@ -12,6 +12,7 @@
 #define EDM_BATCH_PAGES 256                  /* at most so many pages move in one batch */
 #define EDM_SOCK_ENV "EDM_INTERNAL_SOCK"
 #define EDM_SOCK_BYTES 108
+#define EDM_KEEP 32
 
 enum edm_op { EDM_OP_NONE = 0, EDM_OP_MOVE = 1, EDM_OP_EXIT = 2 };
 enum edm_lock { EDM_UNLOCKED = 0, EDM_LOCK_SIDECAR = 1, EDM_LOCK_ENGINE = 2 };
@@ -40,6 +41,8 @@ struct edm_ctl {
         int64_t error;  // out: 0, or the errno that ended the window early
     } window[EDM_WINDOWS];
     char sock[EDM_SOCK_BYTES];  // where its DM-Handler listens
+    // Addresses in pages that stay: where debuggers look first, who cannot wait for a page. 0: none.
+    uint64_t keep[EDM_KEEP];
 };
 
 enum edm_hello_kind { EDM_HELLO_NEW = 1, EDM_HELLO_FORK = 2, EDM_HELLO_ASK = 3 };
@@ -59,8 +62,9 @@ struct edm_reply {
 // number of these, each with its answer.
 #define EDM_ASK_PAGES 4096u
 enum edm_ask_op {
-    EDM_ASK_HELD = 1,   // which pages hold anything, here or at the memory server
-    EDM_ASK_BRING = 2,  // which of them are not in the program; they are brought there, as after a fault
+    EDM_ASK_HELD = 1,            // which pages hold anything, here or at the memory server
+    EDM_ASK_BRING = 2,           // which of them are not in the program; they are brought there, as after a fault
+    EDM_ASK_BRING_WRITABLE = 3,  // … or are there and write-protected: as after a write
 };
 struct edm_ask {
     uint32_t magic, op;

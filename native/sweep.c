@@ -218,6 +218,8 @@ static void accept_registered(struct space *s, const struct ranges *fresh) {
 // that stack exits, also while the stack waits for its next thread. pages_excluded knows the threads that are there.
 static void note_stacks(struct space *s, const struct mappings *now) {
     s->stack_tops.n = 0;
+    for (uint32_t i = 0; i < EDM_KEEP && s->ctl && s->ctl->keep[i]; i++)
+        ranges_add(&s->stack_tops, s->ctl->keep[i] >> PAGE_SHIFT, (s->ctl->keep[i] >> PAGE_SHIFT) + 1);
     for (uint32_t i = 1; i < now->n; i++)
         if (now->v[i - 1].guard && now->v[i - 1].b == now->v[i].a && now->v[i].writable && !now->v[i].guard)
             ranges_add(&s->stack_tops, now->v[i].b > now->v[i].a + 2 ? now->v[i].b - 2 : now->v[i].a, now->v[i].b);

@@ -7,6 +7,7 @@
 #endif
 #include <errno.h>
 #include <fcntl.h>
+#include <link.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -366,6 +367,26 @@ static void *map(size_t bytes, int prot, int flags, int fd) {
     return p < 0 && p > -4096 ? NULL : (void *)p;
 }
 
+static uint32_t keep(struct edm_ctl *c, uint32_t n, const void *at) {
+    uint64_t page = (uint64_t)at / PAGE * PAGE;
+    for (uint32_t i = 0; i < n; i++)
+        if (c->keep[i] == page)
+            return n;
+    if (n < EDM_KEEP)
+        c->keep[n++] = page;
+    return n;
+}
+
+// The list of loaded libraries: without it a debugger that attaches can name nothing it finds on the stacks.
+static void keep_library_list(struct edm_ctl *c) {
+    uint32_t n = keep(c, 0, &_r_debug);
+    for (const struct link_map *m = _r_debug.r_map; m && n < EDM_KEEP; m = m->l_next) {
+        n = keep(c, n, m);
+        n = keep(c, n, &m->l_prev);
+        n = keep(c, n, m->l_name);
+    }
+}
+
 // The control page, the staging area and the anchor: a page whose first touch in a forked child tells the DM-Handler
 // which process the child's uffd belongs to.
 static struct edm_ctl *make_ctl(int *memfd, uint64_t anchor) {
@@ -389,6 +410,7 @@ static struct edm_ctl *make_ctl(int *memfd, uint64_t anchor) {
     c->staging = (uint64_t)staging;
     c->anchor = anchor;
     c->self = (uint64_t)c;
+    keep_library_list(c);
     return c;
 }
 

@@ -11,10 +11,10 @@ import subprocess
 import time
 from pathlib import Path
 
-import attrs
 import numpy as np
 import pytest
 from elftools.elf.elffile import ELFFile
+from patterned import MAGIC, MIB, pattern, start, start_captured, states
 from watching import wait_for
 
 from edm._native import lib
@@ -23,35 +23,7 @@ from edm.errors import UsageError
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(60)]
 
-MIB, CLOSED_PAGES, UNTOUCHED_PAGES = 4, 64, 1 << 14
-BUDGET = ("--local-memory", "1M")
-
-
-@attrs.frozen
-class Patterned:
-    """programs/patterned.c, running. edm: `edm run`, or the program itself. pid: the program's. place: of its own."""
-
-    edm: subprocess.Popen
-    pid: int
-    place: int
-
-    def end(self):
-        """Have it check all of its memory; its standard output and error."""
-        return self.edm.communicate(timeout=40)
-
-
-def start(command, starter):
-    process = starter(command)
-    line = process.stdout.readline().split()
-    assert line[0] == b"ready", line
-    pid = int(line[2])
-    return Patterned(process, pid, int(line[1], 16))
-
-
-def start_captured(edm, program, *options):
-    """Start it under EDM, as a child of a shell."""
-    command = ("run", *BUDGET, *options, "--", "sh", "-c", f"{program('patterned')} {MIB}; exit $?")
-    return start(command, lambda words: edm.start(*words, stdin=subprocess.PIPE))
+CLOSED_PAGES, UNTOUCHED_PAGES = 64, 1 << 14
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +91,9 @@ class Raw(Core):
         self._loads = [(entry["address"], entry["bytes"], entry["offset"]) for entry in index]
 
 
-def pattern(pages):
-    with np.errstate(over="ignore"):
-        return np.arange(1, pages * 512 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-
-
 def check_contents(core, place):
     magic, pages, first, closed, untouched = core.words(place, 5).tolist()
-    assert (magic, pages) == (0x5041545445524E31, MIB << 8)
+    assert (magic, pages) == (MAGIC, MIB << 8)
     # Two threads write what is there already: a page is caught in the middle of that at most.
     assert (core.words(first, pages * 512) == pattern(pages)).all()
     assert (core.words(closed, CLOSED_PAGES * 512) == pattern(CLOSED_PAGES)).all()
@@ -174,7 +141,7 @@ def test_gdb_opens_the_core(runner, running, program, where):
         capture_output=True, text=True, timeout=30, env={**os.environ, "DEBUGINFOD_URLS": ""},
     )  # fmt: skip
     assert "wait_for_the_end" in told.stdout
-    assert str(0x5041545445524E31) in told.stdout
+    assert str(MAGIC) in told.stdout
     words = pattern(MIB << 8)[:: 512 * 256].tolist()
     for word in words:
         assert f"{word:#018x}" in told.stdout
@@ -219,13 +186,6 @@ def test_interrupt_leaves_the_program_running_and_no_file(runner, running, where
     assert states(running.pid) <= {"S", "R"}
 
 
-def states(pid):
-    found = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found.add((task / "stat").read_text().rpartition(") ")[2][0])
-    return found
-
-
 def test_full_disk_leaves_no_file_and_the_program_running(runner, running, where):
     dumping = runner.start("dump", running.pid, "-o", where / "core", "--no-files")
     resource.prlimit(dumping.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -234,6 +194,27 @@ def test_full_disk_leaves_no_file_and_the_program_running(runner, running, where
     assert b"File too large; nothing is kept of it" in err
     assert os.listdir(where) == []
     assert states(running.pid) <= {"S", "R", "D"}
+
+
+def test_kernel_core_has_zeros_where_pages_were_away(edm, program, where):
+    pattern_of_names = Path("/proc/sys/kernel/core_pattern").read_text().strip()
+    if pattern_of_names.startswith(("|", "/", "@")):
+        pytest.skip(f"the kernel writes cores elsewhere: {pattern_of_names}")
+    running = start_captured(edm, program, "--transport", "inproc", "--store", "memory", cwd=where)
+    resource.prlimit(running.pid, resource.RLIMIT_CORE, (1 << 30, 1 << 30))
+    os.kill(running.pid, signal.SIGABRT)
+    running.edm.communicate(timeout=40)
+    assert running.edm.returncode == 128 + signal.SIGABRT  # as the shell says it
+    (name,) = os.listdir(where)
+    core = Core(where / name)
+    _, pages, first, _, _ = core.words(running.place, 5).tolist()
+    found = core.words(first, pages * 512).reshape(pages, 512)
+    expected = pattern(pages).reshape(pages, 512)
+    right, zeros = (found == expected).all(axis=1), (found == 0).all(axis=1)
+    assert (right | zeros).all()
+    assert right.any()
+    assert zeros.sum() > pages / 2
+    assert edm.left_behind() == ({}, [])
 
 
 def test_program_that_is_not_captured_is_dumped_all_the_same(edm, plain, where):

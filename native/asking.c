@@ -81,7 +81,7 @@ static void answer(struct edm_engine *g, const struct edm_ask *ask, struct edm_a
     pthread_mutex_unlock(&g->mu);
 }
 
-void asked(struct edm_engine *g, int sock) {
+void asking_serve(struct edm_engine *g, int sock) {
     while (!atomic_load(&g->stop)) {
         struct pollfd p = {sock, POLLIN, 0};
         if (poll(&p, 1, LOOK_MS) == 0)

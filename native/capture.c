@@ -171,7 +171,7 @@ static void hand_over(struct edm_engine *g, int sock) {
         !receive_hello(sock, &hello, fds))
         goto out;
     if (hello.kind == EDM_HELLO_ASK) {
-        asked(g, sock);
+        asking_serve(g, sock);
         goto out;
     }
     struct edm_ctl *c = ctl_map(fds[0]);

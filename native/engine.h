@@ -502,6 +502,6 @@ void space_prune_unmapped(struct space *s);
 void holder_note(struct edm_engine *g);
 
 // ---- asking.c: who reads a program's memory from outside; until it hangs up
-void asked(struct edm_engine *g, int sock);
+void asking_serve(struct edm_engine *g, int sock);
 
 static inline bool space_asks(const struct space *s) { return s->asks || s->engine->cfg.ask; }

@@ -48,17 +48,29 @@ static bool wanted(const struct space *s, uint64_t page, uint32_t op, uint32_t *
     return e->flags & PF_CLEAN;
 }
 
+// How many pages may be brought now. The others are asked for again: nobody's fault waits for them, and what waits in
+// the queue would push out what has just come. One at least, for the LPET to know that somebody waits.
+static uint64_t room_now(struct edm_engine *g) {
+    uint64_t used = g->resident + g->inbound;
+    if (!g->limit)
+        return EDM_ASK_PAGES;
+    if (used < g->limit && !g->waiting.n)
+        return g->limit - used;
+    pthread_cond_signal(&g->lpet_wake);
+    return g->waiting.n ? 0 : 1;
+}
+
 static void look(struct edm_engine *g, struct space *s, const struct edm_ask *ask, struct edm_answer *out) {
-    bool brought = false;
+    uint64_t room = ask->op == EDM_ASK_HELD ? 0 : room_now(g), brought = 0;
     for (uint32_t i = 0; i < ask->count; i++) {
         uint64_t page = ask->first + i;
         uint32_t fault;
         if (!wanted(s, page, ask->op, &fault))
             continue;
         out->pages[i / 64] |= 1ull << i % 64;
-        if (ask->op != EDM_ASK_HELD) {
+        if (brought < room) {
             queue_push(&g->ready, s, page, fault);
-            brought = true;
+            brought++;
         }
     }
     if (brought)

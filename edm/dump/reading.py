@@ -109,7 +109,7 @@ class Memory:
             elif time.monotonic() - since > GIVEN_UP_S:
                 return False
             time.sleep(pause)
-            pause, count = min(pause * 2, 0.01), max(1, count // 2)
+            pause, count = min(pause * 2, 0.002), max(1, count // 2)
         return True
 
     def _there(self, page: int) -> bool:

@@ -48,7 +48,9 @@ class Outgoing:
 class Engine:
     """LSPT, LPET, write-back buffer and fault resolution; see native/edm_abi.h for every call's terms."""
 
-    def __init__(self, settings: HandlerSettings, inheritance: Inheritance | None = None) -> None:
+    def __init__(
+        self, settings: HandlerSettings, inheritance: Inheritance | None = None, *, user_mode: bool = False
+    ) -> None:
         config = ffi.new(
             "struct edm_engine_config *",
             {
@@ -61,6 +63,7 @@ class Engine:
                 "ahead_pages": settings.ahead_pages,
                 "track_writes": settings.track_writes,
                 "ask": settings.ask,
+                "user_mode": user_mode,
                 "record_pfn": settings.record_pfn,
                 "follow": not settings.cpus,
             },

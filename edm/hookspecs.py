@@ -51,8 +51,8 @@ class FaultSourceSpec(PluginSpec):
     """A fault source. `open(options, settings, context)`: settings is `edm.config.HandlerSettings`."""
 
     open: Callable[[Any, Any, RunContext], FaultSource]
-    check: Callable[[Any], None] = lambda _options: None
-    """Raises `UsageError` with the remedy where this machine or user may not use it."""
+    check: Callable[[Any], Iterable[str] | None] = lambda _options: None
+    """Raises `UsageError` with the remedy where this machine or user may not use it; what it returns is warned of."""
 
 
 @attrs.frozen(kw_only=True)
@@ -67,7 +67,7 @@ class TransportSpec(PluginSpec):
     open: Callable[..., Transport]
     plan: Callable[[Any, tuple[str, ...], tuple[str, ...]], LaunchPlan]
     embedded: bool = False
-    check: Callable[[Any], None] = lambda _options: None
+    check: Callable[[Any], Iterable[str] | None] = lambda _options: None
 
 
 @attrs.frozen(kw_only=True)

@@ -162,16 +162,53 @@ struct handshake {
     int s;
 };
 
+static int parent_of(int pid) {
+    char text[512];
+    int fd = open_proc(pid, "stat");
+    ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
+    if (fd >= 0)
+        close(fd);
+    if (n <= 0)
+        return 0;
+    text[n] = 0;
+    char *p = strrchr(text, ')');
+    int parent = 0;
+    return p && sscanf(p + 1, " %*c %d", &parent) == 1 ? parent : 0;
+}
+
+// Of another user only what the run has started: whoever comes in is given a uffd. The launcher is the subreaper of all
+// that it started, so that the way up leads to it.
+static bool may_come(const struct edm_engine *g, const struct ucred *peer) {
+    if (!peer->uid || peer->uid == geteuid())
+        return true;
+    int pid = g->admit_below ? peer->pid : 0;
+    while (pid > 1 && pid != g->admit_below)
+        pid = parent_of(pid);
+    return pid > 1;
+}
+
+static int32_t greeting(const struct edm_engine *g) {
+    return (g->cfg.user_mode ? EDM_GREET_USER_MODE : 0) | (g->no_forks ? EDM_GREET_NO_FORKS : 0);
+}
+
+void edm_engine_admit_below(struct edm_engine *g, int32_t pid) { g->admit_below = pid; }
+
 static void hand_over(struct edm_engine *g, int sock) {
     struct ucred cred;
     socklen_t length = sizeof cred;
     struct edm_hello hello;
     int fds[2] = {-1, -1}, none[2], error = 0;
-    if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &length) || !send_reply(sock, 0, g->dev_fd) ||
-        !receive_hello(sock, &hello, fds))
+    if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &length) || !may_come(g, &cred) ||
+        !send_reply(sock, greeting(g), g->dev_fd) || !receive_hello(sock, &hello, fds))
         goto out;
     if (hello.kind == EDM_HELLO_ASK) {
-        asking_serve(g, sock);
+        if (!cred.uid || cred.uid == geteuid())
+            asking_serve(g, sock);
+        goto out;
+    }
+    if (hello.kind == EDM_HELLO_BEFORE_FORK) {
+        if (space_make_whole(g, cred.pid) == 0)
+            send_reply(sock, 0, -1);
         goto out;
     }
     struct edm_ctl *c = ctl_map(fds[0]);
@@ -309,6 +346,7 @@ int edm_engine_listen(struct edm_engine *g, const char *path, uint32_t instance)
     strcpy(a.sun_path, path);
     memcpy(g->sock, a.sun_path, sizeof g->sock);
     g->instance = g->state->instance = instance;
+    g->user_mode = uffd_access(&g->no_forks) == EDM_ACCESS_USER_MODE;
     if (g->adopted) {
         pthread_mutex_lock(&g->mu);
         adopt_spaces(g);
@@ -319,6 +357,9 @@ int edm_engine_listen(struct edm_engine *g, const char *path, uint32_t instance)
     g->dev_fd = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
     g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (g->listen_fd < 0 || bind(g->listen_fd, (struct sockaddr *)&a, sizeof a) || listen(g->listen_fd, 512))
+        return -errno;
+    // Programs of ours may become others; may_come looks at who comes.
+    if (!geteuid() && g->admit_below && chmod(path, 0666))
         return -errno;
     g->state->dev[g->turn] = g->dev_fd;
     g->state->listen[g->turn] = g->listen_fd;

@@ -33,6 +33,7 @@ struct edm_engine_config {
     uint32_t ahead_pages;      /* at most so many pages are brought ahead of a fault; 0: none, 63 at most */
     uint8_t track_writes;      /* write-protect pages restored by a read; clean ones are dropped without a write */
     uint8_t ask;               /* ask the DMS for pages known to be new as well */
+    uint8_t user_mode;         /* take programs with UFFD_USER_MODE_ONLY where there is nothing better */
     uint8_t record_pfn;        /* note each resident page's frame number when it arrives, not when it is asked for */
     uint8_t follow;            /* fault workers move to the CPU of the thread that faults: waking across CPUs is dear */
 };
@@ -221,6 +222,15 @@ int edm_trace_take(struct edm_engine *engine, struct edm_trace_record *out, int 
 
 /* May this process use userfaultfd as the engine needs it? 0, -EPERM, -EINVAL (features missing), -ENOSYS … */
 int edm_uffd_check(void);
+
+/* How much of it this process has: the lowest rung on which it stands, or a negative errno. */
+#define EDM_ACCESS_ALL 0
+#define EDM_ACCESS_NO_FORKS 1  /* without CAP_SYS_PTRACE the kernel tells of no fork */
+#define EDM_ACCESS_USER_MODE 2 /* … and of no fault in its own system calls: they give EFAULT on absent pages */
+int edm_uffd_access(void);
+
+/* Take programs of other users too, if they descend from process `pid`. Before edm_engine_listen. */
+void edm_engine_admit_below(struct edm_engine *engine, int32_t pid);
 
 /* The holder: keeps every file descriptor of this process open after it has died. Returns its pid, or -errno. */
 int edm_holder_start(int32_t launcher_pid);

@@ -215,6 +215,7 @@ struct space {
     struct edm_ctl *ctl;
     uint64_t staging, anchor;
     uint64_t vsz, changed_ns, swept_ns;
+    uint64_t lost;  // pages poisoned
     bool sweep_soon;
     struct streams streams;
     // Of pages installed write-protected, how many were then written to: where most are, protecting them only costs.
@@ -349,7 +350,8 @@ struct edm_engine {
     uint8_t *zeros;            // MAX_FETCH pages, to fill new ones with
     _Atomic int home;          // CPU where the engine's threads are to run; -1: anywhere
     int lpet_cpu, out_cpu;
-    int listen_fd, dev_fd;
+    int listen_fd, dev_fd, admit_below;
+    bool no_forks, user_mode;   // the kernel tells us of no forks; of no faults of its own
     char sock[EDM_SOCK_BYTES];  // where it listens
     struct edm_trace *trace;    // NULL: faults are not recorded
     int handshakes;
@@ -423,6 +425,12 @@ void thread_home(struct edm_engine *g, int *cpu);
 void sidecar_home(struct space *s);
 void worker_follow(struct edm_engine *g, int worker, int tid);
 
+// ---- whole.c: before a fork of which no event will tell
+int space_make_whole(struct edm_engine *g, int pid);
+// The program is about to fork so: nothing may leave, whatever the budget. In the control page, for a DM-Handler that
+// takes over must know as well.
+static inline bool space_whole(const struct space *s);
+
 // ---- ahead.c
 void ahead_fetch(struct edm_engine *g, struct worker *w, struct fault f);
 void ahead_fill(struct edm_engine *g, struct fault f);
@@ -471,6 +479,7 @@ enum edm_policy_idle leaf_idle(struct edm_engine *g, struct leaf *l);
 
 // ---- uffd.c, sidecar.c
 int uffd_open_api(struct edm_engine *g, int fd);
+int uffd_access(bool *no_forks);
 int uffd_register(struct space *s, uint64_t a, uint64_t b);
 int uffd_unprotect(struct space *s, uint64_t a, uint64_t b);
 int uffd_watch(struct space *s);
@@ -503,5 +512,9 @@ void holder_note(struct edm_engine *g);
 
 // ---- asking.c: who reads a program's memory from outside; until it hangs up
 void asking_serve(struct edm_engine *g, int sock);
+
+static inline bool space_whole(const struct space *s) {
+    return s->ctl && __atomic_load_n(&s->ctl->forking, __ATOMIC_ACQUIRE);
+}
 
 static inline bool space_asks(const struct space *s) { return s->asks || s->engine->cfg.ask; }

@@ -11,7 +11,9 @@
 #define MAX_TRIES 4
 #define STATUS_LOST 3  // edm.types.GetStatus.LOST
 
-static bool room(const struct edm_engine *g) { return !g->limit || g->resident + g->inbound < g->limit + g->grace; }
+static bool room(const struct edm_engine *g, const struct space *s) {
+    return !g->limit || g->resident + g->inbound < g->limit + g->grace || space_whole(s);
+}
 
 static void over_high(struct edm_engine *g) {
     if (g->high && g->resident + g->inbound > g->high)
@@ -265,7 +267,7 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
             settle(g, f, r, "unprotect");
         return;
     }
-    if (!room(g)) {
+    if (!room(g, s)) {
         g->count.waited++;
         queue_fault(&g->waiting, f);
         pthread_cond_signal(&g->lpet_wake);
@@ -308,6 +310,7 @@ static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct ls
     engine_error(g, "page %#lx of region %#lx is lost: the memory server answered status %d", (unsigned long)fs->page,
                  (unsigned long)s->region, status);
     int r = s->ops->poison(s, fs->page);
+    s->lost += r == 0;
     if (r && r != -EEXIST)
         settle(g, (struct fault){s, fs->page, fs->flags, 0}, r, "poison");
 }

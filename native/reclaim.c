@@ -95,7 +95,7 @@ static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ran
 }
 
 static bool can_move_out(const struct space *s) {
-    return s->ready && !s->dead && !s->applying && !s->batch_busy && !s->late && !s->staging_touched;
+    return s->ready && !s->dead && !s->applying && !s->batch_busy && !s->late && !s->staging_touched && !space_whole(s);
 }
 
 // Keep the first `most` pages of a mask.

@@ -30,7 +30,7 @@ struct edm_ctl {
     int32_t app_pid, sidecar_pid, uffd;
     int32_t handler_pid, holder_pid;    // with both gone nobody will serve a fault again: the sidecar ends the program
     int32_t seen_handler, seen_holder;  // … if the sidecar has seen them alive: it is the only one to write these
-    int32_t unused;
+    uint32_t forking;                   // the program's threads that need all its pages here: nothing moves meanwhile
     uint64_t staging, anchor, self;
     struct {
         uint64_t src;   // address of the window's first page
@@ -45,18 +45,21 @@ struct edm_ctl {
     uint64_t keep[EDM_KEEP];
 };
 
-enum edm_hello_kind { EDM_HELLO_NEW = 1, EDM_HELLO_FORK = 2, EDM_HELLO_ASK = 3 };
+enum edm_hello_kind { EDM_HELLO_NEW = 1, EDM_HELLO_FORK = 2, EDM_HELLO_ASK = 3, EDM_HELLO_BEFORE_FORK = 4 };
 
 // App → DM-Handler, with the control memfd (and, if NEW, the uffd) attached.
 struct edm_hello {
     uint32_t magic, kind;
 };
-// DM-Handler → app. First greeting: /dev/userfaultfd attached where the handler could open it.
+// DM-Handler → app. First greeting: /dev/userfaultfd attached where the handler could open it, status edm_greeting.
 struct edm_reply {
     uint32_t magic;
     int32_t status;  // 0, or a negative errno; EDM_AGAIN_AS_NEW: this child must come as a new process
 };
 #define EDM_AGAIN_AS_NEW 1
+// USER_MODE: a uffd without the kernel's own faults will do. NO_FORKS: the DM-Handler hears of no fork, so a child's
+// pages must all be in the parent before it.
+enum edm_greeting { EDM_GREET_USER_MODE = 1, EDM_GREET_NO_FORKS = 2 };
 
 // Not of the program, but of somebody who reads its memory from outside (asking.c): after a hello of kind ASK, any
 // number of these, each with its answer.

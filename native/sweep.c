@@ -12,6 +12,7 @@
 
 #include "pagemap_abi.h"
 
+#define USER_MODE_PIECE 16       // pages
 #define FULL_SWEEP_NS 50000000u  // at least this often, changed or not
 
 struct mapping {
@@ -237,7 +238,40 @@ static bool due(struct space *s) {
     s->vsz = vsz;
     if (changed)
         s->changed_ns = now;
-    return changed || s->sweep_soon || now - s->swept_ns > FULL_SWEEP_NS;
+    return changed || s->sweep_soon || s->engine->user_mode || now - s->swept_ns > FULL_SWEEP_NS;
+}
+
+static void register_fresh(struct space *s, uint64_t a, uint64_t b, struct ranges *fresh) {
+    if (uffd_register(s, a, b))
+        return;
+    // Not ranges_add: neighbours must be checked one by one.
+    if (fresh->n == fresh->cap)
+        fresh->v = xrealloc(fresh->v, (fresh->cap = fresh->cap ? fresh->cap * 2 : 64) * sizeof *fresh->v);
+    fresh->v[fresh->n++] = (struct range){a, b};
+}
+
+// With a uffd for user mode only, a system call that comes upon an absent page of registered memory fails, be it new or
+// evicted: a read into a new buffer would. So only what is there is registered, in pieces not too small: each may be a
+// mapping of its own. (What is given up later with MADV_DONTNEED stays registered: before its event can be acted upon
+// the program has gone on.)
+static void register_present(struct space *s, uint64_t a, uint64_t b, struct ranges *fresh) {
+    struct page_region found[64];
+    struct pm_scan_arg arg = {.size = sizeof arg,
+                              .start = a << PAGE_SHIFT,
+                              .end = b << PAGE_SHIFT,
+                              .vec = (uint64_t)(uintptr_t)found,
+                              .vec_len = 64,
+                              .category_mask = PAGE_IS_PRESENT,
+                              .return_mask = PAGE_IS_PRESENT};
+    while (arg.start < b << PAGE_SHIFT) {
+        long n = ioctl(s->pagemap_fd, PAGEMAP_SCAN, &arg);
+        for (long i = 0; i < n; i++)
+            if (found[i].end - found[i].start >= USER_MODE_PIECE * PAGE_SIZE_)
+                register_fresh(s, found[i].start >> PAGE_SHIFT, found[i].end >> PAGE_SHIFT, fresh);
+        if (n < 0 || arg.walk_end <= arg.start)
+            return;
+        arg.start = arg.walk_end;
+    }
 }
 
 // Called with the lock held. Returns whether mappings have changed lately.
@@ -262,12 +296,7 @@ bool space_sweep(struct space *s) {
             continue;
         uint64_t e;
         for (uint64_t a = now.v[i].a; ranges_gap(&s->known, &a, now.v[i].b, &e); a = e)
-            if (uffd_register(s, a, e) == 0) {
-                // Not ranges_add: neighbours must be checked one by one.
-                if (fresh.n == fresh.cap)
-                    fresh.v = xrealloc(fresh.v, (fresh.cap = fresh.cap ? fresh.cap * 2 : 64) * sizeof *fresh.v);
-                fresh.v[fresh.n++] = (struct range){a, e};
-            }
+            (s->engine->user_mode ? register_present : register_fresh)(s, a, e, &fresh);
     }
     free(now.v);
     if (fresh.n)

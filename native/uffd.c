@@ -22,26 +22,57 @@ int uffd_open_api(struct edm_engine *g, int fd) {
     uint64_t need = FEATURES;
     if (g->cfg.track_writes)
         need |= UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+    if (g->no_forks)
+        need &= ~(uint64_t)UFFD_FEATURE_EVENT_FORK;
     struct uffdio_api api = {.api = UFFD_API, .features = need};
     return ioctl(fd, UFFDIO_API, &api) ? -errno : 0;
 }
 
-int edm_uffd_check(void) {
+// A uffd as good as can be had; *user_mode: only the last resort was.
+static int open_best(bool *user_mode) {
+    *user_mode = false;
     int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) {
-        int e = errno, dev = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-        if (dev < 0)
-            return -e;
+    if (fd >= 0 || errno == ENOSYS)
+        return fd >= 0 ? fd : -errno;
+    int dev = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    if (dev >= 0) {
         fd = ioctl(dev, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
-        e = errno;
         close(dev);
-        if (fd < 0)
-            return -e;
+        if (fd >= 0)
+            return fd;
     }
+    *user_mode = true;
+    fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    return fd >= 0 ? fd : -errno;
+}
+
+// The rung we stand on (EDM_ACCESS_*), or a negative errno. *no_forks: also on the last rung it may be otherwise.
+int uffd_access(bool *no_forks) {
+    bool user_mode;
+    int fd = open_best(&user_mode);
+    if (fd < 0)
+        return fd;
     struct uffdio_api api = {.api = UFFD_API, .features = FEATURES};
     int r = ioctl(fd, UFFDIO_API, &api) ? -errno : 0;
+    *no_forks = r == -EPERM;
+    if (*no_forks) {
+        api = (struct uffdio_api){.api = UFFD_API, .features = FEATURES & ~(uint64_t)UFFD_FEATURE_EVENT_FORK};
+        r = ioctl(fd, UFFDIO_API, &api) ? -errno : 0;
+    }
     close(fd);
-    return r;
+    if (r)
+        return r;
+    return user_mode ? EDM_ACCESS_USER_MODE : *no_forks ? EDM_ACCESS_NO_FORKS : EDM_ACCESS_ALL;
+}
+
+int edm_uffd_access(void) {
+    bool no_forks;
+    return uffd_access(&no_forks);
+}
+
+int edm_uffd_check(void) {
+    int r = edm_uffd_access();
+    return r > 0 ? -EPERM : r;
 }
 
 int uffd_register(struct space *s, uint64_t a, uint64_t b) {

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--summary/--no-summary", default=None, help="Say at the end how it went [on a terminal].")
 @click.option("--progress/--no-progress", default=False, help="Show faults, evictions and memory while it runs.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write the summary as JSON to FILE.")
+@click.option("--user", metavar="NAME", help="Run the program as this user; EDM itself stays root.")
 @click.option("--uncaptured", is_flag=True, help="Run a program that cannot be captured all the same, uncaptured.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def command(
@@ -34,6 +35,7 @@ def command(
     summary: bool | None,
     progress: bool,
     report: Path | None,
+    user: str | None,
     uncaptured: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -50,7 +52,7 @@ def command(
     return launch.run(
         config if dms is None else _with_dms(config, dms),
         command,
-        launch.Wishes(summary=summary, progress=progress, report=report, uncaptured=uncaptured, quiet=quiet),
+        launch.Wishes(summary=summary, progress=progress, report=report, user=user, uncaptured=uncaptured, quiet=quiet),
     )
 
 

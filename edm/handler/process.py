@@ -153,6 +153,8 @@ class DmHandler:
         self.instances = self._greet(inheritance)
         self._tracing = Recorder(self.source, config.trace) if config.trace is not None else None
         self._policy = self._choose_policy(registry)
+        if hasattr(self.source, "admit_below"):
+            self.source.admit_below(launcher.pid)
         self.source.start(self.instances[0])
         self._workers = Workers(
             self.source,

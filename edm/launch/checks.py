@@ -15,6 +15,7 @@ from edm.types import PAGE_BYTES
 
 if TYPE_CHECKING:
     from edm.config import Config
+    from edm.launch.user import User
     from edm.registry import Registry
 
 MIN_LOCAL_PAGES: Final = 64
@@ -45,8 +46,11 @@ def find_program(name: str) -> Path:
     raise CommandError(f"{name}: permission denied (not executable)", 126)
 
 
-def check_capturable(program: Path) -> None:
-    """Raise `UsageError` for a program into which the dynamic linker will not load `libedm_app.so`."""
+def check_capturable(program: Path, user: User | None = None) -> None:
+    """Raise `UsageError` for a program into which the dynamic linker will not load `libedm_app.so`.
+
+    user: who will run it, if not we ourselves.
+    """
     for _ in range(MAX_SHEBANGS):
         with program.open("rb") as file:
             head = file.read(4096)
@@ -65,12 +69,25 @@ def check_capturable(program: Path) -> None:
             f"{program} is statically linked: EDM reaches a program through the dynamic linker, "
             "so it cannot be captured (--uncaptured runs it all the same, with its memory all local)"
         )
-    mode = program.stat()
-    if mode.st_mode & (stat.S_ISUID | stat.S_ISGID) and os.geteuid() not in {0, mode.st_uid}:
+    gains = _gains(program, os.geteuid() if user is None else user.uid, os.getegid() if user is None else user.gid)
+    if gains:
         raise UsageError(
-            f"{program} is set-uid: the dynamic linker ignores LD_PRELOAD for it, so it cannot be captured "
+            f"{program} is {gains}: the dynamic linker ignores LD_PRELOAD for it, so it cannot be captured "
             "(--uncaptured runs it all the same, with its memory all local)"
         )
+
+
+def _gains(program: Path, uid: int, gid: int) -> str:
+    """What makes a user more than it is by running the program, "" if nothing. Source: ld.so(8), AT_SECURE."""
+    status = program.stat()
+    if status.st_mode & stat.S_ISUID and uid != status.st_uid:
+        return "set-uid"
+    if status.st_mode & stat.S_ISGID and status.st_mode & stat.S_IXGRP and gid != status.st_gid:
+        return "set-gid"
+    try:
+        return "" if uid == 0 else "given capabilities" if os.getxattr(program, "security.capability") else ""
+    except OSError:  # it has none
+        return ""
 
 
 def _has_interpreter(head: bytes) -> bool:
@@ -87,6 +104,16 @@ def _has_interpreter(head: bytes) -> bool:
     return any(
         struct.unpack_from(f"{order}I", head, start)[0] == _PT_INTERP for start in starts if start + 4 <= len(head)
     )
+
+
+def check_user(user: User, program: Path, config: Config) -> None:
+    """Raise `CommandError` if that user may not run the program, `UsageError` if it cannot be captured then."""
+    from edm.plugins.source_uffd.source import APP_LIBRARY  # noqa: PLC0415 (it loads the C core)
+
+    if not user.may("-x", program):
+        raise CommandError(f"{program}: permission denied for user '{user.name}'", 126)
+    if config.fault_source == "uffd" and not user.may("-r", APP_LIBRARY):
+        raise UsageError(f"--user {user.name}: that user cannot read {APP_LIBRARY}, which its programs must load")
 
 
 def check_budget(config: Config) -> None:
@@ -106,13 +133,17 @@ def check_directory(path: Path) -> None:
         raise UsageError(f"--path {path}: permission denied (cannot create files there)")
 
 
-def check_plugins(config: Config, registry: Registry) -> None:
-    """Have the chosen fault source, transport and policy say whether they can work here; raises `UsageError`."""
+def check_plugins(config: Config, registry: Registry) -> list[str]:
+    """Have the chosen fault source, transport and policy say whether they can work here; returns warnings.
+
+    Raises `UsageError`.
+    """
     source = registry.fault_source(config.fault_source)
-    source.check(config.plugin_options("fault_source", source.name, source))
+    warnings = source.check(config.plugin_options("fault_source", source.name, source)) or ()
     transport = registry.transport(config.transport)
-    transport.check(config.plugin_options("transport", transport.name, transport))
+    more = transport.check(config.plugin_options("transport", transport.name, transport)) or ()
     policy = registry.policy(config.policy)
     if policy.open is None:
         raise UsageError(f"policy {policy.name!r} is a model only: edm simulate plays it, edm run cannot evict by it")
     config.plugin_options("policy", policy.name, policy)
+    return [*warnings, *more]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import time
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from edm.launch.checks import CommandError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from edm.launch.user import User
 
 FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 WATCHED: Final = (*FORWARDED, signal.SIGCHLD)
@@ -49,11 +54,21 @@ class Program:
     """One program, started at once."""
 
     def __init__(
-        self, path: str, arguments: list[str], environment: Mapping[str, str], mask: Iterable[signal.Signals]
+        self,
+        path: str,
+        arguments: list[str],
+        environment: Mapping[str, str],
+        mask: Iterable[signal.Signals],
+        user: User | None = None,
     ) -> None:
-        # Python ignores these two; a program expects the default.
-        defaults = (signal.SIGPIPE, signal.SIGXFSZ)
-        self.pid = os.posix_spawn(path, arguments, environment, setsigmask=mask, setsigdef=defaults)
+        self._process: subprocess.Popen[bytes] | None = None
+        if user is None:
+            # Python ignores these two; a program expects the default.
+            defaults = (signal.SIGPIPE, signal.SIGXFSZ)
+            self.pid = os.posix_spawn(path, arguments, environment, setsigmask=mask, setsigdef=defaults)
+        else:
+            self._process = _start_as(user, path, arguments, environment, set(mask))
+            self.pid = self._process.pid
         self.started = time.monotonic()
         self._interrupts = 0
         self._kill_at = float("inf")
@@ -70,6 +85,8 @@ class Program:
                 self.kill()
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
+                if self._process is not None:
+                    self._process.returncode = status  # or its end is missed
                 return Ending(status, self.asked)
             self._reap_orphans()
         return None
@@ -98,6 +115,24 @@ class Program:
             return
         if info is not None and info.si_pid not in {0, self.pid} and info.si_pid not in KEPT:
             os.waitpid(info.si_pid, os.WNOHANG)
+
+
+def _start_as(
+    user: User, path: str, arguments: list[str], environment: Mapping[str, str], mask: set[signal.Signals]
+) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            arguments,
+            executable=path,
+            env=user.environment(environment),
+            close_fds=False,
+            user=user.uid,
+            group=user.gid,
+            extra_groups=user.groups,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),  # noqa: PLW1509 (as in Session._start)
+        )
+    except OSError as error:
+        raise CommandError(f"{path}: {(error.strerror or '').lower()} for user '{user.name}'", 126) from None
 
 
 KEPT: Final[set[int]] = set()

@@ -17,6 +17,7 @@ from edm.launch.revival import roles_of
 from edm.launch.rundir import RunDir, make_run_dir
 from edm.launch.session import Outcome, RunFailed, Session
 from edm.launch.summary import Progress, as_document, print_summary, write_report
+from edm.launch.user import find_user
 from edm.registry import Registry
 from edm.sizes import format_size
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edm.config import Config
+    from edm.launch.user import User
     from edm.types import LaunchPlan
 
 USER_MISTAKE: Final = 2
@@ -38,6 +40,7 @@ class Wishes:
     summary: bool = False
     progress: bool = False
     report: Path | None = None
+    user: str | None = None
     uncaptured: bool = False
     quiet: bool = False
 
@@ -64,27 +67,34 @@ def _leave_job(config: Config, status: int) -> int:
 
 def _run_checked(config: Config, command: tuple[str, ...], wishes: Wishes) -> int:
     program = checks.find_program(command[0])
+    user = find_user(wishes.user) if wishes.user is not None else None
     try:
-        checks.check_capturable(program)
+        checks.check_capturable(program, user)
     except UsageError as error:
         if not wishes.uncaptured:
             raise
         print(f"edm: warning: {error}", file=sys.stderr)
+        if user is not None:
+            user.become()
         os.execv(program, command)  # noqa: S606 (the user's own command line)
+    if user is not None:
+        checks.check_user(user, program, config)
     checks.check_budget(config)
     _say_limit(config, wishes)
     if config.path is not None:
         checks.check_directory(config.path)
     registry = Registry()
-    checks.check_plugins(config, registry)
+    warnings = checks.check_plugins(config, registry)
+    for text in warnings:
+        print(f"edm: warning: {text}", file=sys.stderr, flush=True)
     under_mpi = config.transport == "mpi" and _is_mpi_rank()
     run_dir = make_run_dir(config)
     try:
         config = attrs.evolve(config, path=run_dir.files)
         config.write(run_dir.sockets / "config.json")
         if under_mpi:
-            return _run_as_rank(config, run_dir, str(program), command, wishes)
-        return _run_session(config, run_dir, str(program), command, wishes, _plan(config, registry, run_dir))
+            return _run_as_rank(config, run_dir, str(program), command, wishes, user)
+        return _run_session(config, run_dir, str(program), command, wishes, _plan(config, registry, run_dir), user)
     finally:
         if config.keep and run_dir.files.exists():
             run_dir.keep()
@@ -133,6 +143,7 @@ def _run_session(
     command: tuple[str, ...],
     wishes: Wishes,
     plan: LaunchPlan | None,
+    user: User | None = None,
     listening: int = -1,
 ) -> int:
     """plan: the processes to start; None where this is the child of one that is already there."""
@@ -147,7 +158,7 @@ def _run_session(
             session.start(plan)
         startup_s = time.monotonic() - began
         with Progress(config, enabled=wishes.progress) as progress:
-            outcome = session.run(path, command, progress.update)
+            outcome = session.run(path, command, progress.update, user)
         outcome.startup_s = startup_s
     except RunFailed as error:
         session.close()
@@ -181,7 +192,9 @@ def _is_mpi_rank() -> bool:
     return under_mpi()
 
 
-def _run_as_rank(config: Config, run_dir: RunDir, path: str, command: tuple[str, ...], wishes: Wishes) -> int:
+def _run_as_rank(
+    config: Config, run_dir: RunDir, path: str, command: tuple[str, ...], wishes: Wishes, user: User | None
+) -> int:
     """`mpiexec -n 1 edm dms … : -n 1 edm run …`: this rank is the DM-Handler, a child of it is the launcher."""
     from edm.handler import process  # noqa: PLC0415
     from edm.plugins.transport_mpi import strip_mpi_environment  # noqa: PLC0415
@@ -195,7 +208,7 @@ def _run_as_rank(config: Config, run_dir: RunDir, path: str, command: tuple[str,
         os.environ.update(program_environment)
         status = EDM_FAILED
         try:
-            status = _run_session(config, run_dir, path, command, wishes, None, ready)
+            status = _run_session(config, run_dir, path, command, wishes, None, user, ready)
         except UsageError as error:
             status = _complain(str(error), USER_MISTAKE)
         except EdmError as error:

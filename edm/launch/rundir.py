@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -46,7 +47,7 @@ class RunDir:
 
 
 def make_run_dir(config: Config) -> RunDir:
-    """Make both directories, mode 0700; raises `UsageError`."""
+    """Make both directories, private; raises `UsageError`."""
     base = config.path or _disk_directory()
     try:
         files = Path(tempfile.mkdtemp(prefix="edm-run-", dir=base))
@@ -54,6 +55,8 @@ def make_run_dir(config: Config) -> RunDir:
     except OSError as error:
         raise UsageError(f"cannot make the run's directory: {error.strerror}: {error.filename}") from error
     (files / "store").mkdir()
+    if os.geteuid() == 0:
+        sockets.chmod(0o711)  # a program of root's may become somebody else, and its children must find the way
     return RunDir(sockets=sockets, files=files)
 
 
@@ -68,5 +71,7 @@ def _disk_directory() -> str:
 def _socket_directory() -> str:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime and len(runtime) < 60 and os.access(runtime, os.W_OK | os.X_OK):
-        return runtime
+        closed = not stat.S_IMODE(Path(runtime).stat().st_mode) & stat.S_IXOTH
+        if os.geteuid() != 0 or not closed:
+            return runtime
     return "/tmp"  # noqa: S108 (the directory made in it is private)

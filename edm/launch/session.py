@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from edm.config import Config
     from edm.launch.rundir import RunDir
+    from edm.launch.user import User
     from edm.types import LaunchPlan
 
 READY_S: Final = 60.0
@@ -117,9 +118,11 @@ class Session:
                 raise RunFailed(f"no sign of the {missing} after {READY_S:.0f} s: {self._log_tail()}")
         self._ready_once = True
 
-    def run(self, path: str, command: Sequence[str], tick: Callable[[Session], None]) -> Outcome:
-        """Run the program to its end. `tick` is called ten times a second."""
-        program = Program(path, list(command), self._environment(), self._mask)
+    def run(
+        self, path: str, command: Sequence[str], tick: Callable[[Session], None], user: User | None = None
+    ) -> Outcome:
+        """Run the program to its end, as `user` if one is given. `tick` is called ten times a second."""
+        program = Program(path, list(command), self._environment(), self._mask, user)
         peak = 0
         ending = None
         while ending is None:

@@ -5,6 +5,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <link.h>
@@ -68,7 +69,9 @@ static long call6(long n, long a, long b, long c, long d, long e, long f) {
 #define CALL(n, a, b, c) call6((n), (long)(a), (long)(b), (long)(c), 0, 0, 0)
 #define CALL6(n, a, b, c, d, e, f) call6((n), (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
 
-static bool captured;
+static bool captured, no_forks;
+static struct edm_ctl *control;  // while captured
+static pid_t (*real_fork)(void);
 static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
 static char sock_path[sizeof(((struct sockaddr_un *)0)->sun_path)];
 
@@ -98,7 +101,8 @@ static long side_move_run(struct edm_ctl *c, uint64_t dst, uint64_t src, long pa
                             .len = (uint64_t)pages * PAGE,
                             .mode = UFFDIO_MOVE_MODE_DONTWAKE | UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES};
     side_lock(c);
-    if (__atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) != c->batch_generation) {
+    if (__atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) != c->batch_generation ||
+        __atomic_load_n(&c->forking, __ATOMIC_ACQUIRE)) {
         side_unlock(c);
         *error = ESTALE;
         return 0;
@@ -414,10 +418,12 @@ static struct edm_ctl *make_ctl(int *memfd, uint64_t anchor) {
     return c;
 }
 
-static int open_uffd(int dev) {
+static int open_uffd(int dev, bool user_mode) {
     long u = CALL(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK, 0, 0);
     if (u < 0 && dev >= 0)
         u = CALL(SYS_ioctl, dev, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+    if (u < 0 && user_mode)
+        u = CALL(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY, 0, 0);
     return high_fd((int)u);
 }
 
@@ -443,9 +449,10 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     if (!receive_reply(s, &r, &dev))
         goto out;
     result = -1;
+    no_forks = r.status & EDM_GREET_NO_FORKS;
     c = make_ctl(&memfd, anchor);
     if (kind == EDM_HELLO_NEW)
-        uffd = open_uffd(dev);
+        uffd = open_uffd(dev, r.status & EDM_GREET_USER_MODE);
     if (!c || (kind == EDM_HELLO_NEW && uffd < 0))
         goto out;
     if (kind == EDM_HELLO_FORK)
@@ -469,6 +476,7 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     if (send_message(s, &hello, sizeof hello, NULL, 0) > 0 && receive_reply(s, &r, &got) && r.status)
         goto out;
     anchor_page = c->anchor;
+    control = c;
     captured = true;
     c = NULL;  // it stays, for the sidecar
     result = 0;
@@ -488,20 +496,67 @@ static int hand_over(enum edm_hello_kind kind, uint64_t anchor) {
     return result;
 }
 
+// ---- forks ----------------------------------------------------------------------------------------------------
+
+static bool ask_whole(void) {
+    int s = connect_handler(), fd = -1;
+    struct edm_reply r;
+    struct edm_hello hello = {.magic = EDM_CTL_MAGIC, .kind = EDM_HELLO_BEFORE_FORK};
+    bool done = s >= 0 && receive_reply(s, &r, &fd) && send_message(s, &hello, sizeof hello, NULL, 0) > 0;
+    close_fd(fd);
+    done = done && receive_reply(s, &r, &fd);
+    close_fd(s);
+    return done;
+}
+
+// Where no event tells the DM-Handler of a fork, what is absent would be zeros in the child: all of it comes back
+// first, and stays until the fork is over. As with a fault, the program waits if the DM-Handler has just died.
+static void before_fork(void) {
+    if (!captured || !no_forks)
+        return;
+    __atomic_fetch_add(&control->forking, 1, __ATOMIC_SEQ_CST);
+    while (!ask_whole()) {
+        struct timespec t = {0, 10000000};
+        CALL(SYS_nanosleep, &t, 0, 0);
+    }
+}
+
+static void after_fork_in_parent(void) {
+    if (captured && no_forks)
+        __atomic_fetch_sub(&control->forking, 1, __ATOMIC_SEQ_CST);
+}
+
 static void after_fork_in_child(void) {
     if (!captured)
         return;
     captured = false;
-    if (hand_over(EDM_HELLO_FORK, anchor_page) == 1)
+    if (no_forks || hand_over(EDM_HELLO_FORK, anchor_page) == 1)
         hand_over(EDM_HELLO_NEW, 0);
 }
 
+// The one fork of the C library that calls no handlers. Source: _Fork(3).
+__attribute__((visibility("default"))) pid_t _Fork(void) {
+    if (!real_fork)
+        return errno = ENOSYS, -1;
+    before_fork();
+    pid_t pid = real_fork();
+    int error = errno;
+    if (pid)
+        after_fork_in_parent();
+    else
+        after_fork_in_child();
+    errno = error;
+    return pid;
+}
+
 __attribute__((constructor)) static void edm_app_start(void) {
+    void *found = dlsym(RTLD_NEXT, "_Fork");
+    memcpy(&real_fork, &found, sizeof real_fork);
     const char *path = getenv(EDM_SOCK_ENV);
     if (!path || strlen(path) >= sizeof sock_path)
         return;
     strcpy(sock_path, path);
     CALL6(SYS_prctl, PR_SET_THP_DISABLE, 1, 0, 0, 0, 0);
     if (hand_over(EDM_HELLO_NEW, 0) == 0)
-        pthread_atfork(NULL, NULL, after_fork_in_child);
+        pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }

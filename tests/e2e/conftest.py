@@ -69,6 +69,7 @@ class Edm:
         }
         self.environment.pop("LD_PRELOAD", None)
         self._mark = f"XDG_RUNTIME_DIR={self.sockets}".encode()
+        self.python = sys.executable
         self._started = []
 
     def start(self, *arguments, wrapper=(), **keywords):
@@ -76,7 +77,7 @@ class Edm:
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         keywords = {**streams, "env": self.environment, **keywords}
         process = subprocess.Popen(
-            [*wrapper, sys.executable, "-m", "edm", *map(str, arguments)],
+            [*wrapper, self.python, "-m", "edm", *map(str, arguments)],
             start_new_session=True,
             # Whoever started the tests may ignore it (a shell's background job does), and programs inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

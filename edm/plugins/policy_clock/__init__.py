@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class ClockOptions:
     """Where the hand stops, and what it can see."""
 
-    low_percent: int = attrs.field(default=94, metadata={"help": "evict down to so many percent of local memory in edm simulate; a run has --low"})
+    low_percent: int = attrs.field(
+        default=94, metadata={"help": "evict down to so many percent of local memory in edm simulate; a run has --low"}
+    )
     idle_bits: bool = attrs.field(default=True, metadata={"help": "the kernel tells what was touched (page_idle)"})
 
     @low_percent.validator

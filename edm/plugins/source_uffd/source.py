@@ -11,6 +11,7 @@ from edm.errors import NativeError
 
 if TYPE_CHECKING:
     from edm.config.settings import HandlerSettings
+    from edm.plugins.source_uffd import UffdOptions
     from edm.types import RunContext
 
 APP_LIBRARY: Final = Path(__file__).resolve().parents[2] / "libedm_app.so"
@@ -38,13 +39,17 @@ def app_environment(environment: dict[str, str], socket: Path) -> dict[str, str]
 class UffdSource(Engine):
     """The fault engine over userfaultfd."""
 
-    def __init__(self, settings: HandlerSettings, context: RunContext) -> None:
-        super().__init__(settings, context.inheritance)
+    def __init__(self, options: UffdOptions, settings: HandlerSettings, context: RunContext) -> None:
+        super().__init__(settings, context.inheritance, user_mode=options.user_mode)
         self._socket = context.run_dir / SOCKET_NAME
 
     def prepare(self, environment: dict[str, str]) -> dict[str, str]:
         """The environment of a captured program."""
         return app_environment(environment, self._socket)
+
+    def admit_below(self, pid: int) -> None:
+        """Take programs of other users too, if they descend from process `pid`; before `start`."""
+        lib.edm_engine_admit_below(self.native, pid)
 
     def start(self, instance: int) -> None:
         """Accept programs on the run directory's socket; raises `NativeError`."""

@@ -1,0 +1,87 @@
+// A program's pages all brought back: before a fork that the kernel will not tell us of (no CAP_SYS_PTRACE), since what
+// is absent then would be zeros in the child. Nothing leaves until the fork is over: see space_whole.
+#include <errno.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+#define ROUND_US 500
+#define ASK_AGAIN_ROUNDS 400  // what became of a fault that was put off is not told: ask again now and then
+#define LOST_ROUNDS 4000      // lost pages never come, and what is lost for the parent is for its child
+
+static uint64_t absent_in_table(struct edm_engine *g, struct space *s, bool ask) {
+    uint64_t n = 0;
+    struct leaf *l;
+    for (uint64_t at = 0; (l = lspt_next(&s->lspt, at)); at = l->base + LEAF_PAGES)
+        for (uint64_t i = 0; i < LEAF_PAGES; i++) {
+            enum page_state state = (enum page_state)l->e[i].state;
+            if (state == PS_NEW || state == PS_RESIDENT)
+                continue;
+            n++;
+            if (ask && (state == PS_REMOTE || state == PS_STAGED))
+                queue_push(&g->ready, s, l->base + i, 0);
+        }
+    return n;
+}
+
+// Of an adopted program only the DMS knows what it has of the pages that are not there.
+static uint64_t absent_and_unknown(struct edm_engine *g, struct space *s, bool ask) {
+    uint64_t n = 0, map[512];
+    for (uint32_t k = 0; k < s->known.n; k++)
+        for (uint64_t at = s->known.v[k].a; at < s->known.v[k].b;) {
+            uint64_t count = s->known.v[k].b - at < 512 ? s->known.v[k].b - at : 512;
+            ssize_t r = pread(s->pagemap_fd, map, count * sizeof map[0], (off_t)(at * sizeof map[0]));
+            if (r <= 0)
+                return n;  // it has ended
+            for (uint64_t i = 0; i < (uint64_t)r / sizeof map[0]; i++) {
+                struct lspt_entry *e = lspt_entry(&s->lspt, at + i);
+                if (map[i] >> 62 || (e && e->state != PS_NEW))
+                    continue;
+                n++;
+                if (ask)
+                    queue_push(&g->ready, s, at + i, 0);
+            }
+            at += (uint64_t)r / sizeof map[0];
+        }
+    return n;
+}
+
+// Pages that are not in the program now; `ask`: have them brought.
+static uint64_t absent(struct edm_engine *g, struct space *s, bool ask) {
+    return absent_in_table(g, s, ask) + (s->asks ? absent_and_unknown(g, s, ask) : 0);
+}
+
+static struct space *space_alive(struct edm_engine *g, int pid) {
+    for (uint32_t i = 0; i < g->nspaces; i++)
+        if (!g->space[i]->dead && g->space[i]->pid == pid)
+            return g->space[i];
+    return NULL;
+}
+
+// Waits as long as a fault would. 0, or -ECANCELED when this engine ends: another will be asked.
+int space_make_whole(struct edm_engine *g, int pid) {
+    pthread_mutex_lock(&g->mu);
+    struct space *s = space_alive(g, pid);
+    uint64_t before = UINT64_MAX;
+    uint32_t still = 0;
+    if (s)
+        s->refs++;
+    for (uint32_t round = 0; s && !s->dead && !atomic_load(&g->stop); round++) {
+        bool ask = round % ASK_AGAIN_ROUNDS == 0;
+        uint64_t left = s->applying ? UINT64_MAX : absent(g, s, ask);
+        still = left < before ? 0 : still + 1;
+        before = left;
+        if (!left || (left <= s->lost && still > LOST_ROUNDS))
+            break;
+        pthread_mutex_unlock(&g->mu);
+        if (ask)
+            engine_kick(g);
+        usleep(ROUND_US);
+        pthread_mutex_lock(&g->mu);
+    }
+    int result = atomic_load(&g->stop) ? -ECANCELED : 0;
+    if (s)
+        space_unref(s);
+    pthread_mutex_unlock(&g->mu);
+    return result;
+}

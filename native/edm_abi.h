@@ -558,6 +558,48 @@ size_t edm_spt_check(const struct edm_page_ref *refs, const void *pages, size_t 
 int64_t edm_spt_screen(const struct edm_page_ref *refs, const void *pages, size_t n, uint64_t instance,
                        const uint8_t *found, const uint64_t *versions, const uint32_t *checksums, uint8_t *verdicts);
 
+/* ---- stores: an LMDB file, looked at without LMDB (native/lmdb_check.c) -------------------------------------------
+ */
+
+#define EDM_LMDB_BAD_MOST 16
+#define EDM_LMDB_TABLES_MOST 8
+struct edm_lmdb_bad {
+    uint64_t page; /* of the LMDB file, 4096 bytes each */
+    char table[40];
+    char what[88];
+};
+struct edm_lmdb_table {
+    char name[40];
+    uint64_t entries;
+    uint64_t key_sum; /* of the CRC-32C of all keys */
+    int integer_key;
+};
+struct edm_lmdb_report {
+    uint64_t transaction;
+    uint64_t pages;       /* in trees or free */
+    uint64_t unaccounted; /* neither */
+    uint32_t bad_count;   /* no more than are listed; more there may be */
+    uint32_t table_count;
+    uint32_t guards_damaged;     /* bit: of that meta page; the meta pages are sound */
+    uint32_t older_meta_damaged; /* the one that is not in use */
+    struct edm_lmdb_bad bad[EDM_LMDB_BAD_MOST];
+    struct edm_lmdb_table tables[EDM_LMDB_TABLES_MOST];
+};
+/* Check every page of every tree. lost_power: transactions may be missing; deep: large values' headers, too, which is a
+   read for each. 0, with what was found in the report, or -errno. */
+int edm_lmdb_check(int file, int lost_power, int deep, struct edm_lmdb_report *report);
+/* After a commit: write down what the meta pages hold, so that a flipped bit there is found. 0 or -errno. */
+int edm_lmdb_guard(int file);
+
+/* Whether a large value, found by LMDB, stands behind the header that it should: deleting it frees as many pages as
+   that says. bytes: the value's length. */
+int edm_lmdb_value_sound(const void *value, size_t bytes);
+
+/* Until leave, in this thread, a crash (SIGSEGV, SIGBUS, SIGABRT, SIGFPE) ends the process with this text on stderr,
+   and status 1. The text must last that long. */
+void edm_crash_guard_enter(const char *text);
+void edm_crash_guard_leave(void);
+
 /* ---- stores: page files (native/page_file.c) -------------------------------------------------------------------- */
 
 /* Pages in slots of segment files in one directory; a slot in use is never written. One thread at a time. What returns

@@ -10,6 +10,8 @@ Source: the LMDB API documentation, mdb_env_open.
 The map is grown between transactions, since LMDB allows it only then; every read has a transaction of its own, so none
 is open across a growth.
 
+What LMDB itself cannot find out is found by `edm.plugins.store_lmdb.checking`, before the file is opened.
+
 A commit that fails leaves the environment as it was, and where LMDB cannot be sure of that it refuses all further work
 (MDB_PANIC): then the environment is opened anew. What a failed sync may have marked clean without its being on the disk
 is written again before the next flush.
@@ -17,6 +19,7 @@ is written again before the next flush.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -24,12 +27,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import attrs
 import lmdb
 
+from edm._native import ffi, lib
 from edm.errors import Corrupt, StoreError, StoreFull, StoreLocked
+from edm.plugins.store_lmdb.checking import check
 from edm.stores.directory import FULL, StoreDirectory, saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION: Final = 2
 _RESERVE_BYTES: Final = 64 << 20
@@ -64,6 +71,12 @@ class Environment:
         self._flags = {"sync": sync != "none", "metasync": sync == "always"}
         self._tables: list[Table] = []
         self._env: Any = None
+        self.damage = self._directory.damage
+        # What ends the process when LMDB crashes over what it reads, where the check before opening found nothing.
+        self._crash_line = ffi.new("char[]", f"edm: {self.path}: damaged while it was in use: LMDB crashed\n".encode())
+        # The file itself, for the guards of its meta pages; behind: a commit has none yet.
+        self._file = -1
+        self._guard_behind = False
         self._map_bytes = min(map_bytes, self._limit_bytes)
         # Some of what was written may be marked clean and not be on the disk; so may the directory's entry.
         self._suspect = self._renamed = False
@@ -104,20 +117,23 @@ class Environment:
             self.flush()
             clean = True
         finally:
-            if self._env is not None:
-                self._env.close()
+            self._close_map()
             self._directory.close(clean=clean)
 
     def read(self, work: Callable[[Any], Any], *, buffers: bool = True) -> Any:
         """Run `work(transaction)`; buffers it gets are valid inside only. buffers False: bytes, for small rows."""
         for last_try in (False, True):
             try:
-                with self._live().begin(buffers=buffers) as transaction:
+                environment = self._live()
+                lib.edm_crash_guard_enter(self._crash_line)
+                with environment.begin(buffers=buffers) as transaction:
                     return work(transaction)
             except lmdb.PanicError as error:
                 self._drop(error if last_try else None)
             except lmdb.Error as error:
                 raise self._failed(error) from None
+            finally:
+                lib.edm_crash_guard_leave()
         raise AssertionError("unreachable: the last try returns or raises")
 
     def write(self, work: Callable[[Any], Any], *, may_fill: bool) -> Any:
@@ -129,8 +145,14 @@ class Environment:
         panicked = False
         while True:
             try:
-                with self._live().begin(write=True) as transaction:
-                    return work(transaction)
+                environment = self._live()
+                # No two commits without a guard: a death may leave the last one without.
+                self._guard()
+                self._guard_behind = True
+                lib.edm_crash_guard_enter(self._crash_line)
+                with environment.begin(write=True, buffers=True) as transaction:
+                    result = work(transaction)
+                self._guard()
             except lmdb.PanicError as error:
                 self._drop(error if panicked else None)
                 panicked = True
@@ -144,6 +166,10 @@ class Environment:
             except lmdb.Error as error:
                 self._suspect = True
                 raise self._failed(error) from None
+            else:
+                return result
+            finally:
+                lib.edm_crash_guard_leave()
 
     def turn(self) -> None:
         """Let what was deleted be used: LMDB gives a transaction's free pages to the next but one."""
@@ -223,19 +249,34 @@ class Environment:
 
     def _drop(self, error: lmdb.Error | None) -> None:
         """Close it; the next use opens it anew. error: what to raise, if that has been tried."""
+        self._close_map()
+        if error is not None:
+            raise self._failed(error)
+
+    def _close_map(self) -> None:
         if self._env is not None:
             self._env.close()
             self._env = None
-        if error is not None:
-            raise self._failed(error)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _guard(self, *, must: bool = True) -> None:
+        """Write down what the last commit has put into its meta page; raises `StoreError` if it must, or tries later."""
+        if self._guard_behind:
+            failed = lib.edm_lmdb_guard(self._file)
+            if failed and must:
+                raise StoreError(f"writing {self.path}: {os.strerror(-failed)}")
+            self._guard_behind = bool(failed)
 
     def _open_table(self, table: Table) -> None:
         try:
             table.handle = self._env.open_db(table.name.encode(), integerkey=table.integer_key)
         except lmdb.Error as error:
-            self._env.close()
-            self._env = None
+            self._close_map()
             raise self._failed(error) from None
+        self._guard_behind = True
+        self._guard(must=False)
 
     def _write_again(self) -> None:
         """Write the file's own bytes back, which marks them as not yet on the disk."""
@@ -249,6 +290,12 @@ class Environment:
                 os.close(file)
 
     def _open_map(self) -> None:
+        first = self._file < 0 and not self._tables
+        if self.path.exists() and self.path.stat().st_size:
+            harmless = check(self.path, lost_power=self._directory.lost_power or not first)
+            for one in harmless if first else []:
+                log.warning("%s: %s", one.file, one.reason)
+                self.damage.append(one)
         try:
             self._env = lmdb.open(
                 str(self._path),
@@ -261,6 +308,14 @@ class Environment:
             )
         except lmdb.Error as error:
             raise self._failed(error) from None
+        try:
+            with saying(self.path):
+                self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        except StoreError:
+            self._close_map()
+            raise
+        self._guard_behind = True
+        self._guard(must=False)
 
     def _failed(self, error: lmdb.Error) -> StoreError:
         text = " ".join(str(error).split())

@@ -10,18 +10,23 @@ about a hundred to a page. Slots count upwards and are never given twice.
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from edm._native import ffi, lib
 from edm.dms.table import page_checksums
 from edm.errors import Corrupt, StoreError, StoreFull
 from edm.types import PAGE_BYTES
 
 if TYPE_CHECKING:
     from edm.plugins.store_lmdb.environment import Environment
+    from edm.stores.damage import Damage
     from edm.types import Slots
+
+log = logging.getLogger(__name__)
 
 _HEAD_BYTES: Final = 4080
 _TAIL_BYTES: Final = PAGE_BYTES - _HEAD_BYTES
@@ -145,6 +150,11 @@ class LmdbPages:
         """The file that holds a slot."""
         return self._environment.path
 
+    @property
+    def damage(self) -> list[Damage]:
+        """What was found damaged when it was opened, and could be done without."""
+        return self._environment.damage
+
     def stat(self) -> dict[str, Any]:
         """Pages, and the environment's size."""
         return {"pages": self._pages - len(self._to_free), **self._environment.stat()}
@@ -170,6 +180,11 @@ class LmdbPages:
 
     def _delete(self, transaction: Any) -> int:
         for key in (*self._to_free, *self._in_doubt):
+            head = transaction.get(key, db=self._heads.handle)
+            # Deleting it would free as many LMDB pages as a damaged header says: it stays, where nobody asks for it.
+            if head is not None and not lib.edm_lmdb_value_sound(ffi.from_buffer(head), len(head)):
+                log.error("%s: slot %d is damaged and is not freed", self._environment.path, *_KEY.unpack(key))
+                continue
             transaction.delete(key, db=self._heads.handle)
             transaction.delete(key, db=self._tails.handle)
         return self._count(transaction)

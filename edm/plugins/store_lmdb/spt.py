@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from edm.plugins.store_lmdb.environment import Environment
+    from edm.stores.damage import Damage
     from edm.types import PageRefs, Slots
 
 _KEY: Final = np.dtype([("region", ">u8"), ("index", ">u8")])
@@ -140,6 +141,11 @@ class LmdbSpt(PageTable):
         """Give the room of what was deleted back to the disk; returns how many bytes."""
         self.commit()
         return self._environment.compact()
+
+    @property
+    def damage(self) -> list[Damage]:
+        """What was found damaged when it was opened, and could be done without."""
+        return self._environment.damage
 
     def stat(self) -> dict[str, Any]:
         """The table's figures, and the environment's size."""

@@ -592,8 +592,8 @@ int edm_lmdb_check(int file, int lost_power, int deep, struct edm_lmdb_report *r
 int edm_lmdb_guard(int file);
 
 /* Whether a large value, found by LMDB, stands behind the header that it should: deleting it frees as many pages as
-   that says. bytes: the value's length. */
-int edm_lmdb_value_sound(const void *value, size_t bytes);
+   that says. bytes: the value's length; map: where LMDB's file is mapped. */
+int edm_lmdb_value_sound(const void *value, size_t bytes, uintptr_t map, size_t map_bytes);
 
 /* Until leave, in this thread, a crash (SIGSEGV, SIGBUS, SIGABRT, SIGFPE) ends the process with this text on stderr,
    and status 1. The text must last that long. */

@@ -266,15 +266,18 @@ static bool check_overflow(struct walk *w, uint64_t page, uint64_t bytes) {
     return true;
 }
 
-int edm_lmdb_value_sound(const void *value, size_t bytes) {
-    const uint8_t *head = (const uint8_t *)value - HEAD;
+int edm_lmdb_value_sound(const void *value, size_t bytes, uintptr_t map, size_t map_bytes) {
+    uintptr_t at = (uintptr_t)value - HEAD;
+    uint64_t number;
     uint16_t flags;
     uint32_t said;
 
-    memcpy(&flags, head + 10, 2);
-    memcpy(&said, head + 12, 4);
-    // Written in this very transaction, it is marked dirty (16) still.
-    return (flags & ~16) == OVERFLOW_PAGE && said == overflow_count(bytes);
+    if (at - map >= map_bytes)
+        return 1;  // written in this very transaction, and in no file yet
+    memcpy(&number, (const uint8_t *)value - HEAD, 8);
+    memcpy(&flags, (const uint8_t *)value - HEAD + 10, 2);
+    memcpy(&said, (const uint8_t *)value - HEAD + 12, 4);
+    return number == (at - map) / PAGE && flags == OVERFLOW_PAGE && said == overflow_count(bytes);
 }
 
 // A list of free pages: how many, then their numbers.

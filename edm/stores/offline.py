@@ -120,6 +120,8 @@ class OfflineStore:
     def verify(self, advance: Callable[[int], None]) -> list[Damage]:
         """Read every page; all that is damaged."""
         damaged = list(self.damage)
+        for store in (self.spt, _innermost(self.pages)):
+            damaged += [one for one in getattr(store, "verify", list)() if one not in damaged]
         if self.pages is None:
             return damaged
         into = memoryview(bytearray(_BATCH * PAGE_BYTES))

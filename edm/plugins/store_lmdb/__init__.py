@@ -18,7 +18,9 @@ from edm.stores.options import SYNC_HELP, WrapperOptions, option
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from edm.dms.table import PageTable
     from edm.interfaces import PageStore, SptStore
+    from edm.stores.damage import Damage
     from edm.types import RunContext
 
 
@@ -54,6 +56,13 @@ def _open_spt(options: LmdbSptOptions, context: RunContext) -> SptStore:
     return LmdbSpt(Environment.open(path, "spt", options.sync, options.map_size, options.limit))
 
 
+def _inspect_spt(context: RunContext) -> tuple[PageTable, list[Damage]]:
+    _check()
+    from edm.plugins.store_lmdb.inspecting import inspect  # noqa: PLC0415
+
+    return inspect(context.store_dir / "lmdb")
+
+
 def _open_pages(options: LmdbPagesOptions, context: RunContext) -> PageStore:
     _check()
     from edm.plugins.store_lmdb.environment import Environment  # noqa: PLC0415
@@ -74,6 +83,7 @@ def edm_spt_stores() -> Iterable[SptStoreSpec]:
         options=LmdbSptOptions,
         open=_open_spt,
         durable=True,
+        inspect=_inspect_spt,
     )
 
 

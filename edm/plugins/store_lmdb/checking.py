@@ -50,6 +50,8 @@ def examine(path: Path, *, lost_power: bool, deep: bool) -> tuple[list[Damage], 
         for bad in list(report.bad)[: report.bad_count]
     ]
     damage = damage or [Damage(file=path, reason=reason) for reason in _odd(report)]
+    if deep and report.unaccounted:
+        damage.append(Damage(file=path, reason=f"{report.unaccounted} LMDB pages are neither in use nor free"))
     harmless = [
         Damage(file=path, offset=i * PAGE_BYTES + 2048, reason="the guard of a meta page is damaged")
         for i in range(2)

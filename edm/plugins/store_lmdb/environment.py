@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
@@ -29,12 +30,13 @@ import lmdb
 
 from edm._native import ffi, lib
 from edm.errors import Corrupt, StoreError, StoreFull, StoreLocked
-from edm.plugins.store_lmdb.checking import check
+from edm.plugins.store_lmdb.checking import check, examine
 from edm.stores.directory import FULL, StoreDirectory, saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+    from edm.stores.damage import Damage
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Environment:
         # The file itself, for the guards of its meta pages; behind: a commit has none yet.
         self._file = -1
         self._guard_behind = False
+        self._map = 0, 0
         self._map_bytes = min(map_bytes, self._limit_bytes)
         # Some of what was written may be marked clean and not be on the disk; so may the directory's entry.
         self._suspect = self._renamed = False
@@ -163,6 +166,7 @@ class Environment:
                     raise StoreFull(f"{self._path}: its limit of {self._limit_bytes} bytes is reached") from None
                 self._map_bytes = min(2 * size, most)
                 self._env.set_mapsize(self._map_bytes)
+                self._map = _mapped(self.path)
             except lmdb.Error as error:
                 self._suspect = True
                 raise self._failed(error) from None
@@ -211,6 +215,15 @@ class Environment:
             "map_bytes": self._live().info()["map_size"],
             "limit_bytes": 0 if self._limit_bytes == _LARGEST_BYTES else self._limit_bytes,
         }
+
+    def value_is_sound(self, value: memoryview) -> bool:
+        """Whether a large value, got in a transaction that writes, may be deleted."""
+        return bool(lib.edm_lmdb_value_sound(ffi.from_buffer(value), len(value), *self._map))
+
+    def verify(self) -> list[Damage]:
+        """Look at every page of every tree, and at the head of every large value; what is damaged."""
+        damage, harmless = examine(self.path, lost_power=False, deep=True)
+        return [*damage, *harmless]
 
     def compact(self) -> int:
         """Put a copy without free pages in the file's place; returns by how many bytes it is smaller.
@@ -262,7 +275,7 @@ class Environment:
             self._file = -1
 
     def _guard(self, *, must: bool = True) -> None:
-        """Write down what the last commit has put into its meta page; raises `StoreError` if it must, or tries later."""
+        """Write down what the last commit has put into its meta page, later if it need not be now; `StoreError`."""
         if self._guard_behind:
             failed = lib.edm_lmdb_guard(self._file)
             if failed and must:
@@ -314,6 +327,7 @@ class Environment:
         except StoreError:
             self._close_map()
             raise
+        self._map = _mapped(self.path)
         self._guard_behind = True
         self._guard(must=False)
 
@@ -326,6 +340,17 @@ class Environment:
         if _no_space(error):
             return StoreFull(f"{self.path}: {text}")
         return StoreError(f"{self.path}: {text}")
+
+
+def _mapped(path: Path) -> tuple[int, int]:
+    """Where this process has a file mapped, and how many bytes of it."""
+    inode = str(path.stat().st_ino)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, offset, _, found, *_ = line.split()
+        if found == inode and not int(offset, 16):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            return start, end - start
+    return 0, 0
 
 
 def _no_space(error: lmdb.Error) -> bool:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from edm._native import ffi, lib
 from edm.dms.table import page_checksums
 from edm.errors import Corrupt, StoreError, StoreFull
 from edm.types import PAGE_BYTES
@@ -141,6 +140,10 @@ class LmdbPages:
         """See `PageStore`."""
         self._environment.flush()
 
+    def verify(self) -> list[Damage]:
+        """What of the file is damaged that opening it does not find out."""
+        return self._environment.verify()
+
     def compact(self) -> int:
         """Give the room of what was deleted back to the disk; returns how many bytes."""
         self._delete_now()
@@ -182,7 +185,7 @@ class LmdbPages:
         for key in (*self._to_free, *self._in_doubt):
             head = transaction.get(key, db=self._heads.handle)
             # Deleting it would free as many LMDB pages as a damaged header says: it stays, where nobody asks for it.
-            if head is not None and not lib.edm_lmdb_value_sound(ffi.from_buffer(head), len(head)):
+            if head is not None and not self._environment.value_is_sound(head):
                 log.error("%s: slot %d is damaged and is not freed", self._environment.path, *_KEY.unpack(key))
                 continue
             transaction.delete(key, db=self._heads.handle)

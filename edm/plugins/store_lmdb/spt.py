@@ -226,10 +226,12 @@ class LmdbSpt(PageTable):
         totals = (0, 0)
         with transaction.cursor(self._names.handle) as cursor:
             for name, value in cursor:
+                if len(value) != _TOTALS.size:
+                    raise self._damaged(f"the entry {bytes(name)!r}")
                 if bytes(name) == _TOTALS_KEY:
                     totals = _TOTALS.unpack(value)
                     continue
-                kind, key = bytes(name).decode(errors="replace").split(" ", 1)
+                kind, _, key = bytes(name).decode("ascii", errors="replace").partition(" ")
                 number, check = _TOTALS.unpack(value)
                 if kind not in {"region", "note"} or not key.isdigit() or check != _check_of(int(key), number):
                     raise self._damaged(f"the entry '{kind} {key}'")

@@ -11,11 +11,16 @@ static uint32_t room_ahead(const struct edm_engine *g) {
 }
 
 static struct stream *stream_of(struct edm_engine *g, struct fault f) {
-    if (!g->cfg.ahead_pages || !f.thread || f.space->late)  // with events to come that may rename what lies ahead
+    if (!g->cfg.ahead_pages || !f.thread || f.space->late ||
+        ranges_has(&f.space->random, f.page))  // with events to come that may rename what lies ahead
         return NULL;
     struct streams *t = &f.space->streams;
     uint64_t brought = t->total_brought, useful = t->total_useful;
     struct stream *st = stream_fault(t, f.thread, f.page);
+    if (ranges_has(&f.space->sequential, f.page)) {
+        st->stride = st->stride ? st->stride : 1;
+        st->window = g->cfg.ahead_pages;
+    }
     if (st->window > g->cfg.ahead_pages)
         st->window = g->cfg.ahead_pages;
     g->count.ahead += t->total_brought - brought;
@@ -52,6 +57,8 @@ void ahead_fetch(struct edm_engine *g, struct worker *w, struct fault f) {
         if (!fetch_ask(g, w, f.space, at, lspt_entry(&f.space->lspt, at), flags, protect))
             engine_error(g, "no place to fetch page %#lx", (unsigned long)at);  // there is one for each of a batch
     }
+    if (protect)
+        f.space->protects += n;
     stream_brought(st, n, last);
 }
 

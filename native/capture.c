@@ -91,6 +91,7 @@ static struct space *space_of_pid(struct edm_engine *g, int pid) {
 // What the engine needs of a process, whichever way its uffd came. Takes the control page and its descriptor over.
 int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid) {
     s->ctl = c;
+    s->hints_seen = __atomic_load_n(&c->hint_next, __ATOMIC_ACQUIRE);  // what another DM-Handler has followed is past
     s->ctl_fd = ctl_fd;
     s->state->ctl[s->engine->turn] = ctl_fd;
     s->pid = s->state->pid = pid;
@@ -304,6 +305,7 @@ static bool look_at_spaces(struct edm_engine *g) {
             continue;
         }
         order_settle(g, s);
+        hints_look(g, s);
         changed |= s->ready && space_sweep(s);
     }
     pthread_mutex_unlock(&g->mu);

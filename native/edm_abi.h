@@ -75,6 +75,8 @@ struct edm_counters {
     uint64_t lspt_bytes;
     uint64_t ahead;           /* pages brought ahead whose stream has been heard of again or given up */
     uint64_t ahead_useful;    /* … of those, the stream went on behind them */
+    uint64_t hints;           /* of madvise(2) that were followed */
+    uint64_t hinted;          /* pages brought since a program said it will need them */
     uint64_t internal_errors; /* states that should not occur; the first is in edm_error */
 };
 

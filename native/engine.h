@@ -218,6 +218,11 @@ struct space {
     uint64_t lost;  // pages poisoned
     bool sweep_soon;
     struct streams streams;
+    // madvise(2), see hints.c
+    struct ranges random, sequential;
+    struct range needed;   // what of WILLNEED has not been brought yet
+    uint64_t needed_most;  // pages of it, at most
+    uint32_t hints_seen;
     // Of pages installed write-protected, how many were then written to: where most are, protecting them only costs.
     uint32_t protects, protects_in_vain, unprotected;
     bool writes_follow;
@@ -311,6 +316,7 @@ struct edm_engine {
     const struct edm_policy_ops *policy;
     struct edm_policy *own_policy;  // while no other was chosen
     uint32_t evicted;               // pages, so far
+    uint64_t page_out;              // pages that a program wants evicted now
     int idle_fd;                    // the kernel's idle bits; -1
     uint32_t reclaim_round;
     struct {
@@ -466,6 +472,11 @@ void *lpet_thread(void *engine);
 void budget_set(struct edm_engine *g);
 void pages_excluded(int pid, struct ranges *out);
 
+// ---- hints.c: madvise(2) of the programs
+void hints_look(struct edm_engine *g, struct space *s);
+void hints_forget(struct space *s, uint64_t a, uint64_t b);
+void hints_fork(const struct space *parent, struct space *child);
+
 // ---- policy.c
 // A page came into the leaf; `back`: it had been evicted.
 void leaf_arrived(struct edm_engine *g, struct leaf *l, bool back);
@@ -473,6 +484,7 @@ void leaf_left(struct edm_engine *g, struct leaf *l);       // a page of it was 
 bool leaf_may_leave(struct edm_engine *g, struct leaf *l);  // or it stands elsewhere now
 void leaf_pass(struct edm_engine *g, struct leaf *l);       // to the hot end of its queue
 void leaf_unlist(struct edm_engine *g, struct leaf *l);
+void leaf_cold(struct edm_engine *g, struct leaf *l);  // the next to leave
 struct leaf *leaf_coldest(const struct edm_engine *g);
 struct leaf *leaf_newer(const struct edm_engine *g, const struct leaf *l);
 enum edm_policy_idle leaf_idle(struct edm_engine *g, struct leaf *l);

@@ -35,6 +35,8 @@ void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m
     ranges_del(&s->known, to, to + n);
     ranges_del(&s->doubtful, from, from + n);
     ranges_del(&s->doubtful, to, to + n);
+    hints_forget(s, from, from + n);
+    hints_forget(s, to, to + n);
     if (!s->adopting)
         ranges_add(&s->known, to, to + n);
     space_move(s, from, to, n);
@@ -54,6 +56,7 @@ void event_unmap(struct space *s, uint64_t a, uint64_t b) {
     ranges_del(&s->known, a, b);
     ranges_del(&s->doubtful, a, b);
     ranges_del(&s->removed, a, b);
+    hints_forget(s, a, b);
     space_forget(s, a, b);
 }
 
@@ -151,6 +154,7 @@ int space_read(struct edm_engine *g, struct space *s, int worker) {
     }
     memcpy(m, s->state->event, (size_t)n * sizeof *m);
     s->refs++;
+    hints_look(g, s);
     int events = 0;
     for (int i = 0; i < n; i++)
         events += space_event(s, &m[i]);

@@ -267,6 +267,8 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
             settle(g, f, r, "unprotect");
         return;
     }
+    if (f.flags & FAULT_AHEAD && (state == PS_NEW || !room(g, s)))
+        return;  // it was a hint
     if (!room(g, s)) {
         g->count.waited++;
         queue_fault(&g->waiting, f);

@@ -35,6 +35,17 @@ static void leaf_enlist(struct edm_engine *g, struct leaf *l, uint32_t queue) {
     q->pages += leaf_pages(l);
 }
 
+void leaf_cold(struct edm_engine *g, struct leaf *l) {
+    leaf_unlist(g, l);
+    struct leaf_queue *q = &g->queue[0];
+    l->newer = q->coldest;
+    *(q->coldest ? &q->coldest->older : &q->hottest) = l;
+    q->coldest = l;
+    l->queue = 0;
+    l->listed = true;
+    q->pages += leaf_pages(l);
+}
+
 void leaf_pass(struct edm_engine *g, struct leaf *l) { leaf_enlist(g, l, l->queue); }
 
 static struct leaf *coldest_from(const struct edm_engine *g, uint32_t queue) {

@@ -22,8 +22,10 @@ static uint64_t at_least(uint64_t x, uint64_t least) { return x > least ? x : le
 void budget_set(struct edm_engine *g) {
     const struct edm_engine_config *c = &g->cfg;
     uint64_t budget = c->local_pages ? c->local_pages : c->high_pages ? c->high_pages + EDM_BATCH_PAGES : 0;
-    if (!budget)
+    if (!budget) {
+        g->batch_pages = EDM_BATCH_PAGES;
         return;
+    }
     g->batch_pages = at_least(at_most(EDM_BATCH_PAGES, budget / 16), 1);
     g->limit = at_least(budget - at_most(g->batch_pages, budget - 1), 1);
     uint64_t below = at_most(at_least(g->limit / 32, 1), 512);
@@ -226,14 +228,16 @@ void *lpet_thread(void *engine) {
             evicting = true;
         if (used <= g->low && !g->waiting.n)
             evicting = false;
-        if (!evicting) {
+        if (!evicting && !g->page_out) {
             lpet_sleep(g, 20000000);
             continue;
         }
         bool full = g->slots_used >= g->nslots;
-        uint64_t want = used > g->low ? used - g->low : 0;
+        uint64_t want = at_least(evicting && used > g->low ? used - g->low : 0, g->page_out);
         g->reclaim_round++;
         uint64_t freed = full ? 0 : reclaim_once(g, at_least(want, at_most(g->waiting.n, g->batch_pages)));
+        if (!full)
+            g->page_out = freed ? g->page_out - at_most(freed, g->page_out) : 0;
         admit(g, 0);
         if (freed) {
             idle_rounds = 0;

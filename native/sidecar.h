@@ -10,6 +10,7 @@
 #define EDM_WINDOWS 64                       /* of 64 pages each */
 #define EDM_STAGING_PAGES (EDM_WINDOWS * 64) /* addresses, most of them empty: a batch is far fewer pages */
 #define EDM_BATCH_PAGES 256                  /* at most so many pages move in one batch */
+#define EDM_HINTS 64                         /* of madvise, not yet looked at */
 #define EDM_SOCK_ENV "EDM_INTERNAL_SOCK"
 #define EDM_SOCK_BYTES 108
 #define EDM_KEEP 32
@@ -31,6 +32,8 @@ struct edm_ctl {
     int32_t handler_pid, holder_pid;    // with both gone nobody will serve a fault again: the sidecar ends the program
     int32_t seen_handler, seen_holder;  // … if the sidecar has seen them alive: it is the only one to write these
     uint32_t forking;                   // the program's threads that need all its pages here: nothing moves meanwhile
+    uint32_t hint_next;                 // notes of the program so far; the next goes to hint[hint_next % EDM_HINTS]
+    uint32_t unused;
     uint64_t staging, anchor, self;
     struct {
         uint64_t src;   // address of the window's first page
@@ -40,6 +43,11 @@ struct edm_ctl {
         uint64_t busy;  // out: refused with EBUSY or EINVAL
         int64_t error;  // out: 0, or the errno that ended the window early
     } window[EDM_WINDOWS];
+    struct edm_hint {
+        uint64_t address, bytes;
+        int32_t advice;
+        uint32_t number;  // of the note, from 1 on; 0 while it is written
+    } hint[EDM_HINTS];
     char sock[EDM_SOCK_BYTES];  // where its DM-Handler listens
     // Addresses in pages that stay: where debuggers look first, who cannot wait for a page. 0: none.
     uint64_t keep[EDM_KEEP];

@@ -70,6 +70,8 @@ void space_unref(struct space *s) {
     ranges_free(&s->doubtful);
     ranges_free(&s->removed);
     ranges_free(&s->stack_tops);
+    ranges_free(&s->random);
+    ranges_free(&s->sequential);
     free(s->suspect);
     pthread_cond_destroy(&s->idle);
     free(s);
@@ -324,6 +326,7 @@ struct space *space_fork(struct space *parent) {
     child->state->forked = 1;
     child->asks = parent->asks;
     child->young = parent->unquiet = true;
+    hints_fork(parent, child);
     uint32_t id = outbox_push(g, EDM_OUT_CLONE, child);
     struct outbox_item *o = outbox_item_at(g, id);
     o->a = parent->region;

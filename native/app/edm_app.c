@@ -28,6 +28,8 @@
 
 #include "../sidecar.h"
 #include "../uffd_abi.h"
+#include "calls.h"
+#include "hints.h"
 
 #define PAGE 4096ul
 #define SIDECAR_STACK (16 * 1024)
@@ -38,36 +40,6 @@
 #ifndef MADV_WIPEONFORK
 #define MADV_WIPEONFORK 18
 #endif
-
-#if defined(__x86_64__)
-static long call6(long n, long a, long b, long c, long d, long e, long f) {
-    long r;
-    register long r10 __asm__("r10") = d;
-    register long r8 __asm__("r8") = e;
-    register long r9 __asm__("r9") = f;
-    __asm__ volatile("syscall"
-                     : "=a"(r)
-                     : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-                     : "rcx", "r11", "memory");
-    return r;
-}
-#elif defined(__aarch64__)
-static long call6(long n, long a, long b, long c, long d, long e, long f) {
-    register long x8 __asm__("x8") = n;
-    register long x0 __asm__("x0") = a;
-    register long x1 __asm__("x1") = b;
-    register long x2 __asm__("x2") = c;
-    register long x3 __asm__("x3") = d;
-    register long x4 __asm__("x4") = e;
-    register long x5 __asm__("x5") = f;
-    __asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5) : "memory");
-    return x0;
-}
-#else
-#error "libedm_app.so is written for x86-64 and aarch64"
-#endif
-#define CALL(n, a, b, c) call6((n), (long)(a), (long)(b), (long)(c), 0, 0, 0)
-#define CALL6(n, a, b, c, d, e, f) call6((n), (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
 
 static bool captured, no_forks;
 static struct edm_ctl *control;  // while captured
@@ -478,6 +450,7 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     anchor_page = c->anchor;
     control = c;
     captured = true;
+    hints_to(c);
     c = NULL;  // it stays, for the sidecar
     result = 0;
 out:

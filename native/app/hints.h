@@ -1,0 +1,6 @@
+// What the program tells the kernel of its memory with madvise(2), passed on to the DM-Handler.
+#pragma once
+#include "../sidecar.h"
+
+// From now on, for this process: `c` stays mapped in it.
+void hints_to(struct edm_ctl *c);

@@ -11,6 +11,7 @@ import pytest
 from edm._native import lib
 from edm.config.settings import HandlerSettings
 from edm.errors import NativeError
+from edm.plugins.source_uffd import UffdOptions
 from edm.plugins.source_uffd.source import UffdSource
 from edm.types import RunContext
 
@@ -39,7 +40,7 @@ def frame_number(pid, page):
 @pytest.fixture
 def captured(tmp_path):
     """Yield (source, pid, page): a source without a budget, and a program with touched memory from `page` on."""
-    source = UffdSource(HandlerSettings(sweep_ms=1.0), RunContext(tmp_path, tmp_path, "dm-handler"))
+    source = UffdSource(UffdOptions(), HandlerSettings(sweep_ms=1.0), RunContext(tmp_path, tmp_path, "dm-handler"))
     source.start(1)
     worker = threading.Thread(target=lambda: [None for _ in iter(lambda: source.poll_faults(0, 50_000), -1)])
     worker.start()

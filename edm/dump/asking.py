@@ -27,6 +27,7 @@ HELD, BRING = 1, 2
 ANSWER_S: Final = 1.0
 PATIENCE_S: Final = 60.0
 """A DM-Handler that has died is replaced within it, or never."""
+REFUSALS: Final = 50
 _HOPELESS: Final = {errno.ENOENT, errno.ECONNREFUSED, errno.EACCES, errno.EPERM}
 
 
@@ -83,20 +84,20 @@ class Asker:
 
     def _exchange(self, question: bytes) -> bytes:
         """Ask until there is an answer: behind a DM-Handler that dies another listens there."""
-        end = time.monotonic() + PATIENCE_S
+        end, refusals = time.monotonic() + PATIENCE_S, 0
         while True:
             try:
                 line = self._connected()
                 line.send(question)
                 if answer := line.recv(ANSWER.size + 1):
                     return answer
-                why = "it hung up"
+                why, refusals = "it hangs up (it answers its own user, and root)", refusals + 1
             except OSError as error:
                 why = error.strerror or str(error)
                 if error.errno in _HOPELESS:
                     raise self._lost(why) from error
             self.close()
-            if time.monotonic() > end:
+            if time.monotonic() > end or refusals == REFUSALS:
                 raise self._lost(why)
             time.sleep(0.01)
 

@@ -1,7 +1,6 @@
 """`edm dump`: every page of a running program, wherever it is, in a file that gdb opens; and the program goes on."""
 
 import json
-import mmap
 import os
 import resource
 import shutil
@@ -11,10 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from elftools.elf.elffile import ELFFile
-from patterned import MAGIC, MIB, pattern, start, start_captured, states
+from patterned import MAGIC, MIB, Core, Raw, check_contents, pattern, start, start_captured, states
 from watching import wait_for
 
 from edm._native import lib
@@ -22,8 +19,6 @@ from edm.dump import dump as write_dump
 from edm.errors import UsageError
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(60)]
-
-CLOSED_PAGES, UNTOUCHED_PAGES = 64, 1 << 14
 
 
 @pytest.fixture(scope="module")
@@ -60,45 +55,6 @@ def plain(program):
     yield process
     process.edm.kill()
     process.edm.communicate()
-
-
-class Core:
-    """Memory as a core file has it."""
-
-    def __init__(self, path):
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            elf = ELFFile(file)
-            segments = list(elf.iter_segments())
-            self.notes = [note for s in segments if s["p_type"] == "PT_NOTE" for note in s.iter_notes()]
-            self._loads = [(s["p_vaddr"], s["p_filesz"], s["p_offset"]) for s in segments if s["p_type"] == "PT_LOAD"]
-
-    def words(self, address, count):
-        for start_, size, offset in self._loads:
-            if start_ <= address < start_ + size:
-                assert address + 8 * count <= start_ + size, "more than one mapping"
-                return np.frombuffer(self._map, np.uint64, count, offset + address - start_)
-        raise AssertionError(f"nothing at {address:#x}")
-
-
-class Raw(Core):
-    """The same of a raw dump."""
-
-    def __init__(self, path):
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        index = json.loads(Path(f"{path}.json").read_text())
-        self._loads = [(entry["address"], entry["bytes"], entry["offset"]) for entry in index]
-
-
-def check_contents(core, place):
-    magic, pages, first, closed, untouched = core.words(place, 5).tolist()
-    assert (magic, pages) == (MAGIC, MIB << 8)
-    # Two threads write what is there already: a page is caught in the middle of that at most.
-    assert (core.words(first, pages * 512) == pattern(pages)).all()
-    assert (core.words(closed, CLOSED_PAGES * 512) == pattern(CLOSED_PAGES)).all()
-    empty = core.words(untouched, UNTOUCHED_PAGES * 512)[:: 1 << 9]
-    assert np.flatnonzero(empty).tolist() == [0, 1 << 13]
 
 
 def dump(edm, pid, path, *options, **keywords):

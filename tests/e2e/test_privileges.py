@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from patterned import Core, check_contents, start_captured
 from watching import wait_for
 
 from edm.errors import UsageError
@@ -59,19 +60,24 @@ def roots_edm(open_directory, make_edm):
 
 
 @pytest.fixture
-def nobodys_edm(open_directory, make_edm, open_python):
-    """`edm` as nobody, called as the fixture `edm` is."""
+def nobodys_runner(open_directory, make_edm, open_python):
     runner = make_edm(open_directory)
     runner.python, runner.environment["PYTHONPATH"] = open_python
     runner.environment["HOME"] = "/"
     for path in (open_directory, runner.sockets, runner.files):
         os.chown(path, NOBODY, NOBODY)
-    yield lambda *arguments: runner.run(
+    yield runner
+    assert runner.left_behind() == ({}, [])
+    runner.close()
+
+
+@pytest.fixture
+def nobodys_edm(open_directory, nobodys_runner):
+    """`edm` as nobody, called as the fixture `edm` is."""
+    return lambda *arguments: nobodys_runner.run(
         *("--transport", "inproc", "--store", "memory", "--report", open_directory / "report.json", *arguments),
         **AS_NOBODY,
     )
-    assert runner.left_behind() == ({}, [])
-    runner.close()
 
 
 @pytest.fixture
@@ -175,6 +181,20 @@ def test_user_mode_serves_a_program_and_says_what_will_not_work(nobodys_edm, ope
 def test_in_user_mode_it_is_as_the_warning_says(nobodys_edm, open_python):
     ran = nobodys_edm(*USER_MODE, open_python[0], "-c", WRITES)
     assert (ran.status, ran.out) == (0, b"True\n"), ran.err
+
+
+@pytest.mark.usefixtures("not_allowed")
+def test_dump_is_whole_in_user_mode_too(nobodys_runner, open_directory, program):
+    patterned = shutil.copy(program("patterned"), open_directory)
+    options = ("--transport", "inproc", "--store", "memory", *USER_MODE[:2])
+    running = start_captured(nobodys_runner, lambda _name: patterned, *options, **AS_NOBODY)
+    ran = nobodys_runner("dump", running.pid, "-o", nobodys_runner.files / "core", "--json", **AS_NOBODY)
+    assert (ran.status, ran.err) == (0, "")
+    assert json.loads(ran.out)["brought_pages"] > 100
+    check_contents(Core(nobodys_runner.files / "core"), running.place)
+    (nobodys_runner.files / "core").unlink()
+    out, _ = running.end()
+    assert (running.edm.returncode, out) == (0, b"as it was written\n")
 
 
 @pytest.mark.parametrize("way", ["--user", pytest.param("exec", marks=pytest.mark.soak), "setuid"])

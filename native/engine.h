@@ -215,6 +215,7 @@ struct space {
     struct edm_ctl *ctl;
     uint64_t staging, anchor;
     uint64_t vsz, changed_ns, swept_ns;
+    uint64_t put_off;  // pages seen, and left unregistered for now
     uint64_t lost;  // pages poisoned
     bool sweep_soon;
     struct streams streams;

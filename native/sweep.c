@@ -12,6 +12,8 @@
 
 #include "pagemap_abi.h"
 
+#define PUT_OFF_PART 64          // of a program's memory: so much may wait to be registered
+#define PUT_OFF_LIMIT_PART 32    // ... but no more than this part of the budget, which it is above
 #define USER_MODE_PIECE 16       // pages
 #define FULL_SWEEP_NS 50000000u  // at least this often, changed or not
 
@@ -241,6 +243,25 @@ static bool due(struct space *s) {
     return changed || s->sweep_soon || s->engine->user_mode || now - s->swept_ns > FULL_SWEEP_NS;
 }
 
+// How many pages may go unregistered for now. A mapping that was touched before it was registered has an anon_vma of its
+// own, and never merges with a registered neighbour: registered at each look, memory that grows in small steps would lie
+// in one mapping a step. So steps are left to merge with one another first; the number of mappings then grows with the
+// logarithm of the memory. Source: mm/vma.c is_mergeable_anon_vma, mm/rmap.c anon_vma_compatible.
+static uint64_t put_off_pages(const struct space *s) {
+    if (s->asks || s->engine->user_mode)
+        return 0;
+    uint64_t known = s->lspt.leaves * LEAF_PAGES / PUT_OFF_PART, limit = s->engine->limit / PUT_OFF_LIMIT_PART;
+    return s->engine->limit && limit < known ? limit : known;
+}
+
+static uint64_t unregistered_pages(const struct space *s, const struct mappings *now) {
+    uint64_t pages = 0, e;
+    for (uint32_t i = 0; i < now->n; i++)
+        for (uint64_t a = now->v[i].a; now->v[i].writable && ranges_gap(&s->known, &a, now->v[i].b, &e); a = e)
+            pages += e - a;
+    return pages;
+}
+
 static void register_fresh(struct space *s, uint64_t a, uint64_t b, struct ranges *fresh) {
     if (uffd_register(s, a, b))
         return;
@@ -291,7 +312,9 @@ bool space_sweep(struct space *s) {
     }
     note_stacks(s, &now);
     struct ranges fresh = {0};
-    for (uint32_t i = 0; i < now.n; i++) {
+    uint64_t missing = unregistered_pages(s, &now), before = s->put_off;
+    s->put_off = missing <= put_off_pages(s) ? missing : 0;
+    for (uint32_t i = 0; i < now.n && !s->put_off; i++) {
         if (!now.v[i].writable)
             continue;
         uint64_t e;
@@ -304,7 +327,7 @@ bool space_sweep(struct space *s) {
     if (fresh.n)
         accept_registered(s, &fresh);
     removed_settle(s);
-    bool changed = fresh.n > 0;
+    bool changed = fresh.n > 0 || s->put_off > before;
     ranges_free(&fresh);
     return changed;
 }

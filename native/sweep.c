@@ -243,10 +243,10 @@ static bool due(struct space *s) {
     return changed || s->sweep_soon || s->engine->user_mode || now - s->swept_ns > FULL_SWEEP_NS;
 }
 
-// How many pages may go unregistered for now. A mapping that was touched before it was registered has an anon_vma of its
-// own, and never merges with a registered neighbour: registered at each look, memory that grows in small steps would lie
-// in one mapping a step. So steps are left to merge with one another first; the number of mappings then grows with the
-// logarithm of the memory. Source: mm/vma.c is_mergeable_anon_vma, mm/rmap.c anon_vma_compatible.
+// How many pages may go unregistered for now. A mapping that was touched before it was registered has an anon_vma of
+// its own, and never merges with a registered neighbour: registered at each look, memory that grows in small steps
+// would lie in one mapping a step. So steps are left to merge with one another first; the number of mappings then grows
+// with the logarithm of the memory. Source: mm/vma.c is_mergeable_anon_vma, mm/rmap.c anon_vma_compatible.
 static uint64_t put_off_pages(const struct space *s) {
     if (s->asks || s->engine->user_mode)
         return 0;

@@ -28,6 +28,7 @@ from edm.config import Config
 from edm.engine import IDLE_BITS
 from edm.errors import EdmError, NativeError, PeerLost, PluginBroken, TransportError, UsageError
 from edm.handler.tracing import Recorder
+from edm.handler.uncaptured import Uncaptured
 from edm.handler.workers import Workers
 from edm.interfaces import TakesPolicy
 from edm.ops import POLICY, POLICY_BYTES, address_of
@@ -131,6 +132,7 @@ class DmHandler:
         self._config = config
         self._launcher = launcher
         self._failure: queue.Queue[BaseException] = queue.Queue()
+        self._uncaptured = Uncaptured(config.local_memory)
         registry = Registry()
         context = RunContext(
             run_dir=run_dir,
@@ -232,7 +234,18 @@ class DmHandler:
                 self._launcher.say("pids", pids=self._pids())
             if self._launcher.gone and not self.source.counters()["spaces"]:
                 return
-            self._launcher.say("counters", counters=self.source.counters(), error=self._engine_error())
+            self._look_at_uncaptured()
+            self._launcher.say(
+                "counters",
+                counters=self.source.counters(),
+                error=self._engine_error(),
+                uncaptured=self._uncaptured.peak,
+            )
+
+    def _look_at_uncaptured(self) -> None:
+        warning = self._uncaptured.look(self._pids())
+        if warning:
+            self._launcher.say("warning", message=warning)
 
     def _pids(self) -> list[int]:
         pids = getattr(self.source, "pids", None)

@@ -39,7 +39,11 @@ LISTS: Final = ("LD_PRELOAD", "GLIBC_TUNABLES")
 
 @attrs.define
 class Outcome:
-    """How a run went. counters: the engine's last. peak_bytes: largest anonymous resident memory sampled outside."""
+    """How a run went.
+
+    counters: the engine's last. peak_bytes: largest anonymous resident memory sampled outside. uncaptured: a process's
+    shared memory by kind, in bytes, when it had most.
+    """
 
     ending: Ending
     seconds: float
@@ -47,6 +51,7 @@ class Outcome:
     peak_bytes: int
     warnings: list[str]
     startup_s: float
+    uncaptured: dict[str, int]
 
 
 class RunFailed(EdmError):
@@ -73,6 +78,7 @@ class Session:
         self._failure: str | None = None
         self._mistake = False
         self.counters: dict[str, int] = {}
+        self.uncaptured: dict[str, int] = {}
         self.warnings: list[str] = []
         self._pids: list[int] | None = None
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -138,7 +144,7 @@ class Session:
         seconds = time.monotonic() - program.started
         self._wait_for_descendants(ending)
         self.finish()
-        return Outcome(ending, seconds, self.counters, peak, self.warnings, 0.0)
+        return Outcome(ending, seconds, self.counters, peak, self.warnings, 0.0, self.uncaptured)
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
@@ -172,6 +178,7 @@ class Session:
                 self._revival.held(int(details["holder"]), int(details["segment"]))
             case "counters" | "finished":
                 self.counters = details["counters"]
+                self.uncaptured = details.get("uncaptured", self.uncaptured)
                 self._finished |= event.event == "finished"
                 if details.get("error"):
                     self._warn(f"internal: {details['error']}")

@@ -40,6 +40,7 @@ def as_document(config: Config, command: tuple[str, ...], outcome: Outcome) -> d
         "memory_limit": _limit_document(config),
         "peak_resident_bytes": counters.get("peak_resident", 0) * PAGE_BYTES,
         "peak_sampled_bytes": outcome.peak_bytes,
+        "uncaptured_bytes": outcome.uncaptured,
         "counters": counters,
         "warnings": outcome.warnings,
     }
@@ -87,6 +88,11 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if not c.get("processes"):
         return [*rows, ("captured", "nothing", "the program never handed over its memory")]
+    shared = document["uncaptured_bytes"]
+    if shared:
+        rows.append(
+            ("not captured", format_size(sum(shared.values())), f"shared: {', '.join(shared)}; above the budget")
+        )
     return [
         *rows,
         ("processes captured", f"{c['processes']:,}", ""),

@@ -1,8 +1,11 @@
 """How much of a program's anonymous memory is captured, from /proc/PID/smaps, and in how many mappings it then lies."""
 
+import json
 import shutil
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_redis import client_of, load, server_command
@@ -11,6 +14,7 @@ from workloads import WORKLOADS
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 
+PROGRAMS = Path(__file__).parent / "programs"
 LEAST = 0.97
 MORE_MAPPINGS = 120
 """Mappings that a captured program may have above the plain one's: EDM's library and areas, and the pieces of a heap
@@ -75,3 +79,16 @@ def test_memory_that_grows_in_small_steps_is_not_a_mapping_a_step(edm, program):
     ran = edm.run("--transport", "inproc", "--store", "memory", "--", *command)
     assert ran.status == 0, ran.err
     assert int(ran.out) < plain + 300  # registered at each look it was 600
+
+
+def test_shared_memory_is_said_not_to_be_captured(edm, tmp_path):
+    report = tmp_path / "report.json"
+    command = [sys.executable, PROGRAMS / "shared.py", 24]
+    ran = edm.run("--transport", "inproc", "--local-memory", "64M", "--report", report, "--", *command)
+    assert (ran.status, ran.out) == (0, f"{3 * 24 * 256}\n".encode()), ran.err
+    sizes = json.loads(report.read_text())["uncaptured_bytes"]
+    assert set(sizes) == {"MAP_SHARED|MAP_ANONYMOUS", "memfd", "System V"}
+    assert 0.9 * 3 * (24 << 20) < sum(sizes.values()) <= 3 * (24 << 20)
+    assert ran.err.startswith("edm: warning: a process has ")
+    assert ran.err.endswith(", which is not captured: it stays here, above the budget\n")
+    assert ran.err.count("\n") == 1

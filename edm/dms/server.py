@@ -151,6 +151,8 @@ class MemoryServer:
                 log.log(logging.DEBUG if errors else logging.ERROR, "page %s: %s", _name(refs, i), reason)
                 errors += 1
                 refs["status"][i] = GetStatus.ERROR
+                # What the batch may have left there.
+                into[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] = bytes(PAGE_BYTES)
             else:
                 self.counters.found += 1
                 into[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] = page

@@ -64,7 +64,7 @@ class StoreDirectory:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _lock(path)
         try:
-            found = os.pread(self._lock, 2 * _STATE_BYTES, 0)
+            found = _read_whole(self._lock)
             made = (path / FORMAT).exists()
             if not made:
                 self._write(_CLEAN)
@@ -157,6 +157,13 @@ def _state_in(found: bytes) -> str:
     return _DAMAGED
 
 
+def _read_whole(file: int) -> bytes:
+    data = b""
+    while len(data) <= _STATE_BYTES and (part := os.pread(file, 2 * _STATE_BYTES, len(data))):
+        data += part
+    return data
+
+
 def _sum_of(data: bytes) -> int:
     return int(lib.edm_crc32c(ffi.from_buffer(data), len(data)))
 
@@ -166,7 +173,7 @@ def _lock(path: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(lock, 256, 0).decode(errors="replace").split()
+        owner = _read_whole(lock).decode(errors="replace").split()
         os.close(lock)
         raise StoreLocked(f"{path} is in use by process {owner[0] if owner else '?'}: one server at a time") from None
     except OSError:

@@ -8,18 +8,19 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { WRITE, SYNC, DIRSYNC, OPEN, TRUNCATE, PUNCH, RENAME, UNLINK, KINDS };
+enum { WRITE, SYNC, DIRSYNC, OPEN, TRUNCATE, PUNCH, RENAME, UNLINK, READ, KINDS };
 
 static char below[PATH_MAX];
 static int armed = -1, error_is, lasts;
 static atomic_long left, struck;
 
-// kind -1: nothing fails. error -1: a write is cut to half.
+// kind -1: nothing fails. error -1: a write or read is cut to half.
 void failing_arm(const char *directory, int kind, long at, int error, int lasting) {
     snprintf(below, sizeof below, "%s", directory);
     left = at;
@@ -43,7 +44,7 @@ static int path_is_ours(int dir, const char *path) {
     return !strncmp(target, below, strlen(below));
 }
 
-// 0; or the errno to fail with; or -1 for a short write.
+// 0; or the errno to fail with; or -1 for a short write or read.
 static int strikes(int kind, int dir, const char *path) {
     if (kind != armed || !path_is_ours(dir, path))
         return 0;
@@ -99,6 +100,32 @@ ssize_t pwritev(int fd, const struct iovec *parts, int n, off_t at) {
                    : REAL(pwritev)(fd, parts, n, at);
 }
 
+ssize_t read(int fd, void *to, size_t n) {
+    int how = strikes(READ, fd, NULL);
+    if (how > 0)
+        return errno = how, -1;
+    return REAL(read)(fd, to, cut(how, n));
+}
+
+ssize_t pread(int fd, void *to, size_t n, off_t at) {
+    int how = strikes(READ, fd, NULL);
+    if (how > 0)
+        return errno = how, -1;
+    return REAL(pread)(fd, to, cut(how, n), at);
+}
+
+ssize_t pread64(int fd, void *to, size_t n, off64_t at) { return pread(fd, to, n, at); }
+
+ssize_t preadv(int fd, const struct iovec *parts, int n, off_t at) {
+    int how = strikes(READ, fd, NULL);
+    if (how > 0)
+        return errno = how, -1;
+    return how < 0 ? REAL(pread)(fd, parts[0].iov_base, cut(how, parts[0].iov_len), at)
+                   : REAL(preadv)(fd, parts, n, at);
+}
+
+ssize_t preadv64(int fd, const struct iovec *parts, int n, off64_t at) { return preadv(fd, parts, n, at); }
+
 static int is_directory(int fd) {
     char name[64], target[PATH_MAX];
     snprintf(name, sizeof name, "/proc/self/fd/%d/.", fd);
@@ -118,6 +145,13 @@ int fdatasync(int fd) {
 int ftruncate(int fd, off_t bytes) {
     FAIL_IF(TRUNCATE, fd, NULL);
     return REAL(ftruncate)(fd, bytes);
+}
+
+// LMDB maps its file for reading and never calls this; were it to, it would be a sync.
+int msync(void *at, size_t bytes, int flags) {
+    if (armed == SYNC)
+        fprintf(stderr, "msync was called\n"), abort();
+    return REAL(msync)(at, bytes, flags);
 }
 
 int ftruncate64(int fd, off64_t bytes) { return ftruncate(fd, bytes); }
@@ -149,10 +183,8 @@ int unlinkat(int dir, const char *path, int flags) {
     return REAL(unlinkat)(dir, path, flags);
 }
 
-// Opening files that are written to.
 static int opened(int dir, const char *path, int flags, mode_t mode) {
-    if (flags & (O_WRONLY | O_RDWR))
-        FAIL_IF(OPEN, dir, path);
+    FAIL_IF(OPEN, dir, path);
     return REAL(openat)(dir, path, flags, mode);
 }
 

@@ -20,7 +20,7 @@ from edm.testing.pages import batch_of
 from edm.testing.stores import open_store
 from edm.types import PAGE_BYTES, EvictStatus, GetStatus
 
-KINDS = ["write", "sync", "dirsync", "open", "truncate", "punch", "rename", "unlink"]
+KINDS = ["write", "sync", "dirsync", "open", "truncate", "punch", "rename", "unlink", "read"]
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES, "short": -1}
 STORES = {
     "file": ("file", "file", {"segment": "256K"}),
@@ -141,6 +141,23 @@ class World:
             assert version in {self.acknowledged[index], self.open_to_doubt.get(index)}, index
             assert into[at * PAGE_BYTES : (at + 1) * PAGE_BYTES] == batch_of(1, [index], version)[1], index
 
+    def look(self):
+        """Ask for all that is acknowledged: each page comes whole, or as an error."""
+        indices = sorted(self.acknowledged)
+        refs, _ = self.batch(indices, 0)
+        into = bytearray(len(indices) * PAGE_BYTES)
+        self.server.get(self.instance, refs, memoryview(into))
+        for at, index in enumerate(indices):
+            page = into[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
+            if refs["status"][at] == GetStatus.ERROR:
+                assert page == bytes(PAGE_BYTES), index
+            else:
+                assert refs["status"][at] == GetStatus.EXISTING_PAGE, index
+                assert int(refs["version"][at]) == self.acknowledged[index], index
+                assert page == batch_of(1, [index], self.acknowledged[index])[1], index
+        self.again = self.look
+        return not (refs["status"] == GetStatus.ERROR).any()
+
     def check_a_copy(self):
         """What a server would find that starts after this one's death."""
         copy = self.path.with_name(self.path.name + "-copy")
@@ -150,11 +167,14 @@ class World:
         server.close()
         shutil.rmtree(copy)
 
-    def history(self):
-        """Write over everything, open files, make holes, remove files, compact; stops at the first refusal."""
+    def history(self, *, reading):
+        """Write over everything, open files, make holes, remove files, compact; stops at the first refusal.
+
+        reading: ask for pages in between.
+        """
         for round_number in range(3):
             for start in (0, 32, 70):
-                if not self.evict(range(start, start + 40)):
+                if not self.evict(range(start, start + 40)) or (reading and not self.look()):
                     return False
             if not self.drop(33 if round_number < 2 else 0, 60):
                 return False
@@ -168,12 +188,12 @@ def once(path, name, kind, error, lasting, sync, shim, at):
     world = World(path, name, sync)
     durable = name != "file-memory"
     shim.arm(kind, at, error, lasting)
-    done = world.history()
+    done = world.history(reading=kind == "read")
     if not done and lasting:
         world.again()
-        # LMDB that must be opened anew, and cannot, answers with errors until it can.
-        if kind != "open" or "lmdb" not in name:
-            world.check()
+    # LMDB that must be opened anew, and cannot, answers with errors until it can.
+    if not done and lasting and kind != "read" and (kind != "open" or "lmdb" not in name):
+        world.check()
     struck = shim.disarm()
     world.check()
     if durable:

@@ -2,11 +2,9 @@
 
 import json
 import os
-import pathlib
 import random
 import shutil
 import sys
-import tempfile
 
 import pytest
 from click.testing import CliRunner
@@ -214,16 +212,6 @@ def test_no_flip_is_ever_served_and_verify_finds_each(name, state, in_memory):
 @pytest.mark.parametrize("name", ["file", "lmdb"])
 def test_no_flip_of_many_is_ever_served(name, state, in_memory):
     print(name, state, flips(name, state, in_memory, random.Random(), 300))
-
-
-@pytest.fixture
-def in_memory(tmp_path):
-    """A directory where a sync costs nothing, if there is one: none of this is about the disk."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
-        yield pathlib.Path(path)
 
 
 def flips(name, state, tmp_path, random_, each):

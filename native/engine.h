@@ -283,6 +283,7 @@ struct worker {
     uint32_t in_a_row;   // reads there without a look at the others
     uint32_t faults;     // since the faulting thread's CPU was last looked at
     uint32_t patience;   // faults until it is looked at again
+    uint64_t looked_ns;  // when it was
     int cpu, seen_cpu;   // where this worker is, and where it saw the program last; -1: anywhere
     uint32_t seen;       // how often in a row
 };

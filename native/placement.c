@@ -10,7 +10,8 @@
 #include <unistd.h>
 
 #define LOOK_EVERY 32    // faults
-#define LOOK_SELDOM 512  // … where the program has stayed for long
+#define LOOK_SELDOM 128  // … where they are quick: the program is where it was
+#define QUICK_NS 20000   // a fault between two CPUs takes several times as long
 #define SETTLED 2        // looks in a row that found the program on the same other CPU
 
 // The CPU a thread ran on last, or -1. Source: proc_pid_stat(5), field 39.
@@ -62,7 +63,10 @@ void worker_follow(struct edm_engine *g, int worker, int tid) {
         return;
     w->faults = 0;
     int cpu = thread_cpu(tid);
-    w->patience = cpu != w->cpu ? LOOK_EVERY : w->patience < LOOK_SELDOM ? w->patience * 2 : LOOK_SELDOM;
+    uint64_t now = now_ns();
+    bool quick = now - w->looked_ns < (uint64_t)w->patience * QUICK_NS;
+    w->patience = cpu != w->cpu || !quick ? LOOK_EVERY : LOOK_SELDOM;
+    w->looked_ns = now;
     w->seen = cpu == w->seen_cpu ? w->seen + 1 : 0;
     w->seen_cpu = cpu;
     if (cpu < 0 || cpu >= CPU_SETSIZE || cpu == w->cpu || (w->cpu >= 0 && w->seen < SETTLED))

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 PAGE_STORE_BYTES: Final = 24
 """sizeof(struct edm_page_store_ops)."""
+MOST_WAITING: Final = 16384
+"""Slots that may wait for a flush where the SPT store does not say how many pages share one: 64 MiB."""
 _REFUSALS: Final = {
     lib.EDM_SCREEN_STALE: "an older version than the stored one",
     lib.EDM_SCREEN_OTHER: "the stored version with other bytes",
@@ -70,6 +72,7 @@ class MemoryServer:
         self._answer = getattr(spt, "answer", None) or self._answer_by_lookup
         # Let go of by the SPT, not free yet: until the commit, or where that is lazy until the next flush.
         self._let_go: list[Slots] = []
+        self._waiting = 0  # how many that are
         # Recorded, but the commit failed: what a repeat must not be answered from.
         self._unsaved: set[tuple[int, int]] = set()
         self._pending = False
@@ -247,7 +250,7 @@ class MemoryServer:
             self.pages.free(slots)
             raise
         if len(gone):
-            self._let_go.append(gone)
+            self._put_by(gone)
         try:
             reached("pages_recorded")
             self._save()
@@ -263,7 +266,11 @@ class MemoryServer:
         """The SPT was changed other than by an eviction; `save` makes it last."""
         self._pending = True
         if len(let_go):
-            self._let_go.append(let_go)
+            self._put_by(let_go)
+
+    def _put_by(self, slots: Slots) -> None:
+        self._let_go.append(slots)
+        self._waiting += len(slots)
 
     def save(self) -> None:
         """Commit what is pending, if anything is; raises `StoreError`."""
@@ -280,6 +287,8 @@ class MemoryServer:
             self.flush()
         elif self._let_go and not getattr(self.spt, "lazy", False):
             self._free()
+        elif self._waiting >= getattr(self.spt, "group_pages", MOST_WAITING):
+            self.flush()  # or what a program gave back at once would stay until it has written as much again
 
     def _saved(self) -> None:
         self._pending = False
@@ -297,7 +306,7 @@ class MemoryServer:
     def _free(self) -> None:
         while self._let_go:
             self.pages.free(self._let_go[-1])
-            self._let_go.pop()
+            self._waiting -= len(self._let_go.pop())
 
     # ---- everything else
 
@@ -308,7 +317,6 @@ class MemoryServer:
 
     def stat(self) -> dict[str, Any]:
         """Figures of the server and both stores."""
-        waiting = sum(map(len, self._let_go))
         counters = attrs.asdict(self.counters)
         if self._native is not None:
             here = ffi.new("struct edm_server_counts *")
@@ -317,7 +325,7 @@ class MemoryServer:
             counters["found"] += here.found
             counters["new"] += here.gets - here.found
         return {
-            "server": {**counters, "slots_waiting": waiting},
+            "server": {**counters, "slots_waiting": self._waiting},
             "spt": self.spt.stat(),
             "pages": self.pages.stat(),
         }

@@ -49,7 +49,7 @@ class FileSpt(PageTable):
         self._always = sync == "always"
         self.lazy = sync == "batch"
         self._loose = lib.EDM_SPT_LOOSE if sync == "none" else 0
-        self._group_pages = group_pages
+        self.group_pages = group_pages
         self._system_calls = (write, datasync)
         self._sealed = False
         self._changes: list[bytes] = []
@@ -115,7 +115,7 @@ class FileSpt(PageTable):
     @property
     def wants_flush(self) -> bool:
         """A group of pages is full, or the journal has grown long."""
-        return (self.lazy and self._pages_since_flush >= self._group_pages) or self._long()
+        return (self.lazy and self._pages_since_flush >= self.group_pages) or self._long()
 
     def commit(self) -> None:
         """See `SptStore`."""

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
-SUITES = {"tree": "1M", "spaces": "1M", "kernel": "1M", "uring": "2M", "signals": "1M"}
+SUITES = {"tree": "1M", "spaces": "1M", "kernel": "1M", "uring": "2M", "signals": "1M", "placed": "1M"}
 """Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""
 NO_URING = 77
 
@@ -111,3 +112,23 @@ def test_every_step_for_as_long_as_one_likes(edm, program, tmp_path):
             least = "2M" if name == "uring" else budget
             check(edm, program, name, tmp_path / "r.json", budget=least, transport=transport, store=store)
             rounds += 1
+
+
+@pytest.fixture
+def always_huge():
+    """Transparent huge pages for everybody; afterwards as it was."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    try:
+        before = switch.read_text().split("[")[1].split("]")[0]
+        switch.write_text("always")
+    except OSError as error:
+        pytest.skip(f"huge pages cannot be turned on here: {error}")
+    yield
+    switch.write_text(before)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("always_huge")
+@pytest.mark.parametrize("name", SUITES)
+def test_every_step_is_as_without_edm_where_all_memory_may_be_huge(edm, program, tmp_path, name):
+    check(edm, program, name, tmp_path / "r.json", budget=SUITES[name])

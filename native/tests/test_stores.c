@@ -1,0 +1,469 @@
+// The SPT's table, page files and the check of LMDB files against models that are too simple to be wrong, and fed with
+// what is damaged. Under the sanitizers this shows what reads or writes where it must not.
+#include <fcntl.h>
+#include <stdbool.h>
+
+#include "check.h"
+
+#define REGIONS 3
+#define INDICES 48
+#define PAGE 4096u
+#define SEGMENT 64
+
+static uint64_t seed = 7;
+
+static uint64_t below(uint64_t n) { return next_random(&seed) % n; }
+
+// ---- the SPT: region and page number to slot and version; slots counted by reference
+
+struct row {
+    bool there;
+    uint64_t slot, version;
+};
+static struct row model[REGIONS][INDICES];
+static bool exists[REGIONS];
+static uint64_t references[1 << 16], gone_wanted;
+
+static void let_go(struct row *row) {
+    if (row->there && !--references[row->slot])
+        gone_wanted++;
+    row->there = false;
+}
+
+static void spt_agrees(struct edm_spt *spt) {
+    uint64_t count = 0;
+
+    for (unsigned r = 0; r < REGIONS; r++) {
+        struct edm_page_ref refs[INDICES];
+        uint64_t slots[INDICES];
+        for (unsigned i = 0; i < INDICES; i++)
+            refs[i] = (struct edm_page_ref){.region = r + 1, .index = i * 1000003ull};
+        edm_spt_lookup(spt, refs, INDICES, slots);
+        for (unsigned i = 0; i < INDICES; i++) {
+            const struct row *row = &model[r][i];
+            CHECK((refs[i].status == 1) == row->there);
+            CHECK(!row->there || (slots[i] == row->slot && refs[i].version == row->version));
+            count += row->there;
+        }
+    }
+    CHECK(edm_spt_count(spt) == count);
+}
+
+static void record(struct edm_spt *spt, uint64_t *next_slot, uint64_t version) {
+    struct edm_page_ref refs[8];
+    uint64_t slots[8], n = 1 + below(8), r = below(REGIONS), first = below(INDICES - 8);
+
+    for (unsigned k = 0; k < n; k++) {
+        refs[k] = (struct edm_page_ref){.region = r + 1, .index = (first + k) * 1000003ull, .version = version};
+        slots[k] = (*next_slot)++;
+    }
+    CHECK(!edm_spt_record(spt, refs, slots, n));
+    for (unsigned k = 0; k < n; k++) {
+        let_go(&model[r][first + k]);
+        model[r][first + k] = (struct row){true, slots[k], version};
+        references[slots[k]] = 1;
+    }
+    exists[r] = true;
+}
+
+static void clone_one(struct edm_spt *spt) {
+    uint64_t from = below(REGIONS), into = below(REGIONS);
+
+    CHECK(!edm_spt_clone(spt, from + 1, into + 1));
+    exists[into] = true;
+    if (from == into)
+        return;
+    for (unsigned i = 0; i < INDICES; i++)
+        if (model[from][i].there)
+            references[model[from][i].slot]++;
+    for (unsigned i = 0; i < INDICES; i++) {
+        let_go(&model[into][i]);
+        model[into][i] = model[from][i];
+    }
+}
+
+static void drop(struct edm_spt *spt) {
+    uint64_t r = below(REGIONS), first = below(INDICES), n = below(INDICES - first + 1);
+    bool all = !below(4);
+
+    CHECK(!(all ? edm_spt_drop_region(spt, r + 1)
+                : edm_spt_drop(spt, r + 1, first * 1000003ull, n ? (n - 1) * 1000003ull + 1 : 0)));
+    for (uint64_t i = all ? 0 : first; i < (all ? INDICES : first + n); i++)
+        let_go(&model[r][i]);
+    exists[r] &= !all;
+}
+
+static void check_gone(struct edm_spt *spt) {
+    static uint64_t out[1 << 12];
+    size_t n = edm_spt_gone(spt, NULL);
+
+    CHECK(n == gone_wanted && n < sizeof out / sizeof *out);
+    CHECK(edm_spt_gone(spt, out) == n);
+    for (size_t i = 0; i < n; i++)
+        CHECK(!references[out[i]]);
+    gone_wanted = 0;
+}
+
+static void spt_matches_a_model(void) {
+    struct edm_spt *spt = edm_spt_new();
+    uint64_t next_slot = 1;
+
+    CHECK(spt);
+    for (uint64_t step = 1; step < 4000 && next_slot < (1 << 16) - 8; step++) {
+        switch (below(8)) {
+        case 0:
+            clone_one(spt);
+            break;
+        case 1:
+        case 2:
+            drop(spt);
+            break;
+        default:
+            record(spt, &next_slot, step);
+        }
+        check_gone(spt);
+        if (step % 8 == 0)
+            spt_agrees(spt);
+    }
+    spt_agrees(spt);
+    edm_spt_free(spt);
+}
+
+// ---- the journal: whatever stands in it, what is applied is a whole frame
+
+static size_t frame(uint8_t *to, uint64_t number, uint32_t *chain, const void *changes, size_t bytes) {
+    struct edm_spt_frame head = {.magic = 0x4a4d4445u, .number = number, .length = bytes};
+
+    head.checksum = edm_crc32c(changes, bytes);
+    head.chain = *chain = edm_spt_frame_chain(&head, *chain);
+    memcpy(to, &head, sizeof head);
+    memcpy(to + sizeof head, changes, bytes);
+    return sizeof head + bytes;
+}
+
+static void damaged_journals_stop_at_the_damage(void) {
+    enum { FRAMES = 20 };
+    static uint8_t journal[1 << 14];
+    size_t ends[FRAMES], length = 0;
+    uint32_t chain = 0;
+
+    for (unsigned n = 0; n < FRAMES; n++) {
+        struct {
+            uint32_t kind, count;
+            struct edm_page_ref refs[3];
+            uint64_t slots[3];
+        } change = {.kind = EDM_SPT_RECORD, .count = 3};
+        for (unsigned k = 0; k < 3; k++) {
+            change.refs[k] = (struct edm_page_ref){.region = 1, .index = n * 3ull + k, .version = 1};
+            change.slots[k] = n * 3ull + k;
+        }
+        length += frame(journal + length, n, &chain, &change, sizeof change);
+        ends[n] = length;
+    }
+    for (unsigned round = 0; round < 3000; round++) {
+        // In memory of just that size, so that reading behind it is seen.
+        size_t cut = below(4) ? length : below(length + 1), at = below(length);
+        uint8_t *copy = malloc(cut + !cut);
+        CHECK(copy);
+        memcpy(copy, journal, cut);
+        bool flips = below(8) && at < cut;
+        if (flips)
+            copy[at] ^= (uint8_t)(1u << below(8));
+        struct edm_spt *spt = edm_spt_new();
+        struct edm_spt_replayed state = {0};
+        int64_t used = edm_spt_replay(spt, copy, cut, &state);
+        unsigned whole = 0;
+        while (whole < FRAMES && ends[whole] <= cut && !(flips && at < ends[whole]))
+            whole++;
+        CHECK(used == (whole ? (int64_t)ends[whole - 1] : 0));
+        CHECK(state.frames == whole && edm_spt_count(spt) == whole * 3ull);
+        edm_spt_free(spt);
+        free(copy);
+    }
+}
+
+static void changes_that_cannot_be_are_refused(void) {
+    for (unsigned round = 0; round < 20000; round++) {
+        size_t bytes = below(120);
+        uint8_t *changes = malloc(bytes + 1);
+        CHECK(changes);
+        for (size_t i = 0; i < bytes; i++)
+            changes[i] = (uint8_t)(i % 8 < 4 && i < 8 ? (i % 4 ? 0 : below(10)) : next_random(&seed));
+        int result = edm_spt_apply(NULL, changes, bytes);
+        CHECK(!result || result == -EBADMSG);
+        free(changes);
+    }
+}
+
+// ---- page files
+
+static char directory[] = "/tmp/edm-test-stores-XXXXXX";
+static int directory_fd;
+
+static void fill(uint8_t *page, uint64_t number) {
+    for (unsigned i = 0; i < PAGE; i += 8) {
+        uint64_t word = number * 0x9e3779b97f4a7c15u + i;
+        memcpy(page + i, &word, 8);
+    }
+}
+
+enum { MOST = 300, BATCH = 20 };
+static uint64_t slot_of[MOST], number_of[MOST], kept;
+
+static void put_some(struct edm_pf *pf, uint64_t *next, bool may_fail) {
+    static uint8_t pages[BATCH * PAGE];
+    uint32_t sums[BATCH];
+    uint64_t slots[BATCH], n = 1 + below(BATCH);
+
+    if (kept + n > MOST)
+        return;
+    for (unsigned k = 0; k < n; k++) {
+        fill(pages + k * PAGE, *next + k);
+        sums[k] = edm_crc32c(pages + k * PAGE, PAGE);
+    }
+    int result = edm_pf_put(pf, pages, sums, n, slots);
+    CHECK(!result || may_fail);
+    for (unsigned k = 0; k < n && !result; k++) {
+        for (uint64_t i = 0; i < kept; i++)
+            CHECK(slot_of[i] != slots[k]);
+        slot_of[kept] = slots[k];
+        number_of[kept++] = *next + k;
+    }
+    *next += n;
+}
+
+static void release_some(struct edm_pf *pf) {
+    uint64_t slots[BATCH], n = below(BATCH);
+
+    n = n < kept ? n : kept;
+    for (uint64_t k = 0; k < n; k++) {
+        uint64_t at = below(kept);
+        slots[k] = slot_of[at];
+        slot_of[at] = slot_of[--kept];
+        number_of[at] = number_of[kept];
+    }
+    edm_pf_release(pf, slots, n);
+}
+
+static void pages_are_there(struct edm_pf *pf) {
+    static uint8_t found[MOST * PAGE], wanted[PAGE];
+
+    CHECK(!edm_pf_get(pf, slot_of, kept, found));
+    for (uint64_t i = 0; i < kept; i++) {
+        fill(wanted, number_of[i]);
+        CHECK(!memcmp(found + i * PAGE, wanted, PAGE));
+    }
+    struct edm_pf_figures figures;
+    edm_pf_stat(pf, &figures);
+    CHECK(figures.pages == kept);
+}
+
+static struct edm_pf *reopened(struct edm_pf *pf) {
+    uint64_t segments = 0;
+
+    if (pf)
+        edm_pf_close(pf);
+    pf = edm_pf_open(directory_fd, SEGMENT, 0, 0);
+    CHECK(pf);
+    for (uint64_t number = 0; number < 4096; number++) {
+        char name[32];
+        snprintf(name, sizeof name, "%08" PRIx64 ".pages", number);
+        if (faccessat(directory_fd, name, F_OK, 0))
+            continue;
+        CHECK(!edm_pf_attach(pf, number, 0));
+        segments++;
+    }
+    CHECK(!edm_pf_live(pf, slot_of, kept));
+    return pf;
+}
+
+static void page_files_match_a_model(void) {
+    struct edm_pf *pf = reopened(NULL);
+    uint64_t next = 1;
+
+    for (unsigned step = 0; step < 600; step++) {
+        bool fails = !below(6);
+        if (fails) {
+            static const int errors[] = {EIO, ENOSPC, -1};
+            edm_pf_fail(pf, (int)below(EDM_PF_CALLS), (uint32_t)below(3), 1 + (uint32_t)below(2), errors[below(3)]);
+        }
+        if (below(2))
+            put_some(pf, &next, fails);
+        else
+            release_some(pf);
+        if (!below(20) && edm_pf_sync(pf))
+            CHECK(fails);
+        if (!below(30) && edm_pf_trim(pf, 1))
+            CHECK(fails);
+        for (int call = 0; fails && call < EDM_PF_CALLS; call++)
+            edm_pf_fail(pf, call, 0, 0, 0);
+        if (step % 10 == 0)
+            pages_are_there(pf);
+        if (step % 100 == 99) {
+            pf = reopened(pf);
+            pages_are_there(pf);
+        }
+    }
+    edm_pf_close(pf);
+}
+
+// Any bit of a file: a page comes right, or as an error; never otherwise.
+static void damaged_page_files_give_errors(void) {
+    struct edm_pf *pf = reopened(NULL);
+    uint8_t page[PAGE], wanted[PAGE];
+
+    CHECK(kept);
+    for (unsigned round = 0; round < 400; round++) {
+        char name[32];
+        uint64_t at = below(kept);
+        snprintf(name, sizeof name, "%08" PRIx64 ".pages", slot_of[at] / SEGMENT);
+        int file = openat(directory_fd, name, O_RDWR);
+        CHECK(file >= 0);
+        off_t sums = PAGE + (off_t)(slot_of[at] % SEGMENT) * 4, data = 2 * PAGE + (off_t)(slot_of[at] % SEGMENT) * PAGE;
+        off_t byte = below(2) ? sums + (off_t)below(4) : data + (off_t)below(PAGE);
+        uint8_t was, now;
+        CHECK(pread(file, &was, 1, byte) == 1);
+        now = was ^ (uint8_t)(1u << below(8));
+        CHECK(pwrite(file, &now, 1, byte) == 1);
+        edm_pf_close(pf);
+        pf = reopened(NULL);
+        CHECK(edm_pf_get(pf, &slot_of[at], 1, page) == -EBADMSG);
+        struct edm_pf_error error;
+        edm_pf_error(pf, &error);
+        CHECK(error.slot == slot_of[at]);
+        CHECK(pwrite(file, &was, 1, byte) == 1);
+        edm_pf_close(pf);
+        pf = reopened(NULL);
+        CHECK(!edm_pf_get(pf, &slot_of[at], 1, page));
+        fill(wanted, number_of[at]);
+        CHECK(!memcmp(page, wanted, PAGE));
+        close(file);
+    }
+    edm_pf_close(pf);
+}
+
+// ---- LMDB files: a made-up one of a meta page pair, a table of tables and a table with a few rows
+
+static uint8_t lmdb[6 * PAGE];
+
+static void put16(size_t at, uint64_t value) { memcpy(lmdb + at, &value, 2); }
+static void put32(size_t at, uint64_t value) { memcpy(lmdb + at, &value, 4); }
+static void put64(size_t at, uint64_t value) { memcpy(lmdb + at, &value, 8); }
+
+static void tree(size_t at, uint64_t flags, uint64_t leaves, uint64_t entries, uint64_t root) {
+    put16(at + 4, flags);
+    put16(at + 6, leaves);  // its depth: a leaf, or nothing
+    put64(at + 16, leaves);
+    put64(at + 32, entries);
+    put64(at + 40, root);
+}
+
+static void leaf(uint64_t page, unsigned rows) {
+    put64(page * PAGE, page);
+    put16(page * PAGE + 10, 2);
+    put16(page * PAGE + 12, 16 + 2 * rows);
+    put16(page * PAGE + 14, PAGE);
+}
+
+static size_t row(uint64_t page, unsigned i, uint64_t flags, const void *key, size_t key_bytes, size_t bytes) {
+    size_t all = (8 + key_bytes + bytes + 1) & ~1ul, upper;
+    uint16_t before;
+
+    memcpy(&before, lmdb + page * PAGE + 14, 2);
+    upper = before - all;
+    put16(page * PAGE + 14, upper);
+    put16(page * PAGE + 16 + 2 * i, upper);
+    put16(page * PAGE + upper, bytes);
+    put16(page * PAGE + upper + 4, flags);
+    put16(page * PAGE + upper + 6, key_bytes);
+    memcpy(lmdb + page * PAGE + upper + 8, key, key_bytes);
+    return page * PAGE + upper + 8 + key_bytes;
+}
+
+static void make_lmdb(void) {
+    memset(lmdb, 0, sizeof lmdb);
+    for (unsigned i = 0; i < 2; i++) {
+        size_t at = i * PAGE;
+        put64(at, i);
+        put16(at + 10, 8);
+        put32(at + 16, 0xbeefc0deu);
+        put32(at + 20, 1);
+        tree(at + 40, 8, 1, 1, 4);
+        put32(at + 40, PAGE);
+        tree(at + 88, 0, 1, 1, 2);
+        put64(at + 136, 5);
+        put64(at + 144, 2 + i);
+    }
+    leaf(2, 1);
+    size_t at = row(2, 0, 2, "heads", 5, 48);
+    tree(at, 8, 1, 3, 3);
+    leaf(3, 3);
+    for (uint64_t i = 0; i < 3; i++)
+        put64(row(3, (unsigned)i, 0, &(uint64_t){i + 10}, 8, 100), i);
+    leaf(4, 1);
+    at = row(4, 0, 0, &(uint64_t){2}, 8, 16);
+    put64(at, 1);
+    put64(at + 8, 5);
+}
+
+static unsigned lmdb_damage(int file) {
+    struct edm_lmdb_report report;
+
+    CHECK(pwrite(file, lmdb, sizeof lmdb, 0) == sizeof lmdb);
+    CHECK(!edm_lmdb_check(file, 0, 1, &report));
+    return report.bad_count + report.guards_damaged + report.older_meta_damaged;
+}
+
+static void damaged_lmdb_files_are_found(void) {
+    int file = openat(directory_fd, "data.mdb", O_RDWR | O_CREAT, 0600);
+
+    CHECK(file >= 0);
+    make_lmdb();
+    CHECK(!lmdb_damage(file));
+    CHECK(!edm_lmdb_guard(file));
+    CHECK(pread(file, lmdb, sizeof lmdb, 0) == sizeof lmdb);
+    CHECK(!lmdb_damage(file));
+    // Each bit of a meta page in turn, guard included.
+    for (unsigned bit = 0; bit < 2 * PAGE * 8; bit++) {
+        unsigned in_page = bit / 8 % PAGE;
+        if (in_page >= 152 && (in_page < 2048 || in_page >= 2048 + 24))
+            continue;
+        lmdb[bit / 8] ^= (uint8_t)(1u << bit % 8);
+        if (!lmdb_damage(file))
+            FAIL("bit %u of the meta pages", bit);
+        lmdb[bit / 8] ^= (uint8_t)(1u << bit % 8);
+    }
+    // Anything at all behind them: never more than a report. Without guards, so that roots and counts vary, too.
+    for (unsigned round = 0; round < 10000; round++) {
+        make_lmdb();
+        for (uint64_t n = 1 + below(4); n; n--)
+            lmdb[below(4) ? 2 * PAGE + below(3) * PAGE + (below(2) ? below(32) : PAGE - 1 - below(400))
+                          : below(2) * PAGE + below(152)] = (uint8_t)next_random(&seed);
+        lmdb_damage(file);
+    }
+    // A file that ends early.
+    make_lmdb();
+    for (unsigned pages = 0; pages < 5; pages++) {
+        struct edm_lmdb_report report;
+        CHECK(pwrite(file, lmdb, sizeof lmdb, 0) == sizeof lmdb && !ftruncate(file, pages * PAGE + 100));
+        CHECK(!edm_lmdb_check(file, 0, 1, &report) && report.bad_count);
+    }
+    close(file);
+}
+
+int main(void) {
+    alarm(110);
+    CHECK(mkdtemp(directory));
+    directory_fd = open(directory, O_RDONLY | O_DIRECTORY);
+    CHECK(directory_fd >= 0);
+    spt_matches_a_model();
+    damaged_journals_stop_at_the_damage();
+    changes_that_cannot_be_are_refused();
+    page_files_match_a_model();
+    damaged_page_files_give_errors();
+    damaged_lmdb_files_are_found();
+    char command[64];
+    snprintf(command, sizeof command, "rm -rf %s", directory);
+    CHECK(!system(command));
+    return 0;
+}

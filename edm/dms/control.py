@@ -68,7 +68,9 @@ class Control:
             if op in self._others:
                 return {"ok": True, **self._others[str(op)](request)}
         except (EdmError, OSError, MemoryError) as error:
-            return {"ok": False, "error": " ".join(str(error).split()) or type(error).__name__}
+            answer = {"ok": False, "error": " ".join(str(error).split()) or type(error).__name__}
+            # The store is at fault, not the request: that may be made again.
+            return answer if isinstance(error, UsageError) else {**answer, "again": True}
         return {"ok": False, "error": f"unknown request {op!r}"}
 
     def _hello(self, request: Mapping[str, Any]) -> dict[str, Any]:

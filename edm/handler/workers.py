@@ -63,6 +63,9 @@ class Workers:
         self._failed = failed
         self._warn = warn
         self._warned_at = float("-inf")
+        # Since when the DMS refuses for want of room, or whatever ails its store; None: it does not.
+        self._refusing_since: float | None = None
+        self._refusal_told, self._refusal_told_at = False, float("-inf")
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(
@@ -130,9 +133,12 @@ class Workers:
             except EOFError:
                 break
             if item is None:
+                # What was refused goes out again at once, perhaps in C: nothing waits any more.
+                refused = self._accepted()
                 continue
             if item.refs is None:
                 self._control(channel, item)
+                self._accepted()
             else:
                 refused = self._evict(channel, item.refs, item, refused)
             self._source.outbox_done(item)
@@ -145,6 +151,14 @@ class Workers:
             answer = channel.control(request)
         except TransportError as error:
             answer = self._again(error, lambda: channel.control(request))
+        refused = 0
+        while answer.get("again") and not self._stopping.is_set():
+            # The store, not the request, is at fault; the sequence number makes the repeat safe.
+            refused = self._refused(answer.get("error", ""), refused)
+            try:
+                answer = channel.control(request)
+            except TransportError as error:
+                answer = self._again(error, lambda: channel.control(request))
         if not answer.get("ok"):
             raise EdmError(f"the memory server refused {request['op']}: {answer.get('error', 'no reason given')}")
 
@@ -157,12 +171,28 @@ class Workers:
         except TransportError as error:
             why = self._again(error, lambda: channel.evict(refs, pages))
         if not refs["status"].any():
-            return 0
+            return self._accepted()
         # The pages stay in the write-back buffer and go out again; programs wait when it is full. Nothing is lost.
-        self._say(f"the memory server cannot store pages ({why or 'no reason given'}); waiting for room")
-        if not self._stopping.is_set():
-            time.sleep(min(0.01 * 2**refused, 1.0))
-        return min(refused + 1, 7)
+        return self._refused(why, refused)
+
+    def _refused(self, why: str, times: int) -> int:
+        """Say so once, and wait a little; returns how many times in a row it was."""
+        now = time.monotonic()
+        if self._refusing_since is None:
+            self._refusing_since = now
+        # Where it comes and goes, as on a disk that is nearly full, not each time.
+        if not self._refusal_told and now - self._refusal_told_at >= WARN_EVERY_S:
+            self._refusal_told, self._refusal_told_at = True, now
+            self._warn(f"the memory server cannot store pages ({why or 'no reason given'}); waiting for room")
+        self._stopping.wait(min(0.01 * 2**times, 1.0))
+        return min(times + 1, 7)
+
+    def _accepted(self) -> int:
+        if self._refusal_told and self._refusing_since is not None:
+            waited_s = time.monotonic() - self._refusing_since
+            self._warn(f"the memory server stores pages again, after {waited_s:.1f} s")
+        self._refusing_since, self._refusal_told = None, False
+        return 0
 
     def _again(self, first: TransportError, call: Callable[[], T], *, gives_up: bool = False) -> T:
         """Repeat a call the DMS did not answer, until it does.

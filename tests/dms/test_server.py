@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edm.dms.server import MemoryServer
-from edm.errors import StoreError
+from edm.errors import StoreError, StoreFull
 from edm.plugins.store_memory.pages import MemoryPages
 from edm.plugins.store_memory.spt import MemorySpt
 from edm.testing.pages import batch_of
@@ -147,6 +147,23 @@ def test_bad_request_is_answered_with_one_line(server, instance, request_, error
     answer = server.control(instance, request_)
     assert not answer["ok"]
     assert error in answer["error"]
+
+
+def test_request_that_the_store_cannot_carry_out_may_be_made_again(server, instance, monkeypatch):
+    region = instance << 32
+    evict(server, instance, region, range(3), 1)
+    request = {"op": "drop_pages", "ranges": [[region, 0, 2]], "sequence": 1}
+
+    def full():
+        raise StoreFull("no room for a journal frame")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.spt, "commit", full)
+        answer = server.control(instance, request)
+        assert answer == {"ok": False, "error": "no room for a journal frame", "again": True}
+    assert server.control(instance, request) == {"ok": True}
+    refs, _ = get(server, instance, region, range(3))
+    assert refs["status"].tolist() == [GetStatus.NEW_PAGE] * 2 + [GetStatus.EXISTING_PAGE]
 
 
 def test_full_store_fails_the_batch_and_loses_nothing():

@@ -80,6 +80,17 @@ def test_full_disk_is_waited_for(edm, program, tmp_path, disk, store, transport)
     counters = json.loads((tmp_path / "r.json").read_text())["counters"]
     assert counters["write_failures"] > 0
     assert counters["internal_errors"] == counters["lost"] == 0
+    told(err)
+
+
+def told(err):
+    """Once when it begins and once when there is room again, however often it was tried in between."""
+    lines = err.decode().splitlines()
+    begins = [i for i, line in enumerate(lines) if "the memory server cannot store pages (" in line]
+    ends = [i for i, line in enumerate(lines) if "the memory server stores pages again, after " in line]
+    assert len(begins) == len(ends) >= 1
+    assert all(begin < end for begin, end in zip(begins, ends, strict=True))
+    assert len(begins) < 5
 
 
 @pytest.mark.parametrize(("store", "limit"), [("memory", "28M"), pytest.param("lmdb", "40M", marks=pytest.mark.soak)])
@@ -112,6 +123,7 @@ print(all(m[i:i+8] == i.to_bytes(8, 'big') for i in range(0, len(m), 4096)))
     assert second.returncode == 0, err.decode()
     assert out == subprocess.run(list(map(str, command)), capture_output=True, check=True).stdout
     assert json.loads((tmp_path / "r.json").read_text())["counters"]["lost"] == 0
+    told(err)
     edm.end(server)
 
 

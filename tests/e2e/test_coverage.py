@@ -46,7 +46,10 @@ def check(captured, plain):
     assert captured.mappings <= plain.mappings + MORE_MAPPINGS
 
 
-@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w.sizes[1]], ids=lambda w: w.name)
+@pytest.mark.parametrize(
+    "workload",
+    [pytest.param(w, id=w.name, marks=[pytest.mark.soak] if w.slow_to_cover else []) for w in WORKLOADS],
+)
 def test_97_percent_of_the_peak_is_captured(edm, program, tmp_path, workload):
     if workload.missing:
         pytest.skip(workload.missing)

@@ -23,18 +23,18 @@ class Built:
 @attrs.frozen
 class Workload:
     """build(directory, compile_, size) makes it ready; size: one of `sizes` (evicted, coverage).
-    A size of None: not for this.
 
     same_output: its output does not depend on time or chance; if not, it verifies itself and its exit status tells.
     """
 
     name: str
     build: Callable
-    sizes: tuple[int, int | None]
+    sizes: tuple[int, int]
     needs: tuple[str, ...] = ()
     same_output: bool = True
     transport: str = "inproc"
     store: str = "memory"
+    slow_to_cover: bool = False
 
     @property
     def missing(self):
@@ -81,7 +81,17 @@ def _java(directory, compile_, size):
     if not (directory / "Objects.class").exists():
         subprocess.run(["javac", "-d", directory, PROGRAMS / "Objects.java"], check=True, capture_output=True)
     # The serial collector: how much the others take depends on the time, and so on the machine.
-    return Built(["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", str(directory), "Objects", str(size)])
+    return Built(
+        [
+            "java",
+            "-Xmx2g" if size > 1000 else "-Xmx512m",
+            "-XX:+UseSerialGC",
+            "-cp",
+            str(directory),
+            "Objects",
+            str(size),
+        ]
+    )
 
 
 def _stress(directory, compile_, size):
@@ -114,7 +124,7 @@ WORKLOADS = [
     Workload("malloc", _compiled("malloc_stress", "4", after=("3000",)), (24, 96)),
     Workload("threads", _compiled("thread_storm", "1200"), (12, 96)),
     Workload("node", _script("node", "objects.js"), (40, 250), needs=("node",)),
-    # No coverage: of its class archive, a file, it writes to 10 MiB, which are no mapping of EDM's.
-    Workload("java", _java, (30, None), needs=("java", "javac")),
+    # Of its class archive, a file, it writes to 10 MiB, which are no mapping of EDM's: in a small heap that is much.
+    Workload("java", _java, (30, 4000), needs=("java", "javac"), slow_to_cover=True),
     Workload("stress-ng", _stress, (12, 96), needs=("stress-ng",), same_output=False),
 ]

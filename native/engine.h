@@ -280,6 +280,7 @@ struct worker {
     uint32_t n;
     uint64_t served_ns;  // when it last had something to do
     struct space *last;  // where it read last; it may be gone
+    uint32_t yields;     // tries in a row of faults that were put off, without sleep
     uint32_t in_a_row;   // reads there without a look at the others
     uint32_t faults;     // since the faulting thread's CPU was last looked at
     uint32_t patience;   // faults until it is looked at again

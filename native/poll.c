@@ -7,6 +7,7 @@
 #include "engine.h"
 
 #define SPIN_WORTH 4   // spinning is given up when no fault came for so many times its length
+#define YIELDS 16      // tries in a row of what was put off, before sleeping between them
 #define LOOK_ROUND 16  // reads of one space in a row, before the others are looked at
 
 static bool live(const struct edm_engine *g, const struct space *s) {
@@ -39,6 +40,13 @@ static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_ev
         if (n > 0)
             return n;
         sched_yield();
+    }
+    // A fault is put off while a system call that changes the address space goes on: its thread needs a CPU, not time.
+    if (!soon)
+        w->yields = 0;
+    else if (w->yields++ < YIELDS) {
+        sched_yield();
+        return epoll_wait(g->epoll, ev, max, 0);
     }
     int us = soon ? 50 : timeout_us;
     struct timespec t = {.tv_sec = us / 1000000, .tv_nsec = (long)(us % 1000000) * 1000};

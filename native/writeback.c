@@ -6,6 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define HELD_MOST 1024     // pages
+#define HELD_NS 20000000u  // no page, and no other change, waits longer
+
 #define ITEM(g, id) (&(g)->item[(id) - 1])
 
 // A slot for one page; -1 when the buffer is full.
@@ -59,6 +62,15 @@ static void items_grow(struct edm_engine *g) {
     g->nitems = n;
 }
 
+// So many pages may wait before they are sent: one that comes back meanwhile is never written, and many are sent in few
+// messages. A small share of the local memory, and never so many that the LPET lacks places.
+static uint32_t held_back(const struct edm_engine *g) {
+    uint64_t most = g->nslots / 4;
+    if (g->limit && g->limit / 16 < most)
+        most = g->limit / 16;
+    return most > HELD_MOST ? HELD_MOST : most ? (uint32_t)most : 1;
+}
+
 // Append an item; returns its id (never 0). It is valid from the next state_commit on.
 uint32_t outbox_push(struct edm_engine *g, int kind, struct space *s) {
     if (!g->free_item)
@@ -80,7 +92,8 @@ uint32_t outbox_push(struct edm_engine *g, int kind, struct space *s) {
         g->first_queued_ns = now_ns();
     if (kind == EDM_OUT_CLONE || kind == EDM_OUT_MOVE)
         g->outbox_urgent = true;
-    pthread_cond_signal(&g->outbox_wake);
+    if (g->queued == 1 || g->outbox_urgent || kind != EDM_OUT_EVICT || g->queued >= held_back(g))
+        pthread_cond_signal(&g->outbox_wake);
     return id;
 }
 
@@ -166,7 +179,8 @@ static bool evict_here(struct edm_engine *g, const struct edm_outbox *out) {
 static bool outbox_due(struct edm_engine *g) {
     if (!g->head)
         return false;
-    return g->outbox_urgent || g->queued >= 64 || g->waiting.n || now_ns() - g->first_queued_ns > 1000000;
+    return g->outbox_urgent || g->queued >= held_back(g) || (g->waiting.n && g->slots_used > g->nslots / 2) ||
+           now_ns() - g->first_queued_ns > HELD_NS;
 }
 
 static void wait_until(pthread_cond_t *c, pthread_mutex_t *mu, uint64_t ns) {
@@ -208,7 +222,7 @@ int edm_outbox_poll(struct edm_engine *g, struct edm_outbox *out, int timeout_us
         uint64_t now = now_ns();
         if (now >= end)
             break;
-        uint64_t until = g->head && g->first_queued_ns + 1000000 < end ? g->first_queued_ns + 1000000 : end;
+        uint64_t until = g->head && g->first_queued_ns + HELD_NS < end ? g->first_queued_ns + HELD_NS : end;
         wait_until(&g->outbox_wake, &g->mu, until);
     }
     pthread_mutex_unlock(&g->mu);

@@ -254,36 +254,42 @@ static uint64_t present(int pagemap, const uint8_t *region, uint64_t first, uint
     return got < 0 ? 0 : (uint64_t)got / 8;
 }
 
-// Pages that have just left are asked back at once, before the DMS has acknowledged them: pages are written in
-// sequence, and pagemap tells how far eviction, which follows behind, has come. How many were rescues is for EDM's
-// counters to say.
+#define LAP 2048        // pages written between two looks, so that some leave
+#define SETTLE_US 5000  // eviction has stopped, and what left last waits to be sent
+#define RESCUED 32      // pages asked back after each look, not neighbours
+
+// Pages that have just left are asked back before they are sent to the DMS: pages are written in sequence, and pagemap
+// tells how far eviction, which follows behind, has come. How many were rescues is for EDM's counters to say.
 static int rescues(const struct measure *m) {
     uint8_t *region = filled(m);
     int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     if (pagemap < 0)
         die("/proc/self/pagemap: %s", strerror(errno));
-    static uint64_t entry[4096];
+    uint64_t *entry = must(calloc(m->region_pages, sizeof *entry));
     struct samples s = {0};
-    uint64_t pages = m->region_pages, ahead = m->budget_pages + 2048, tail = 0;
+    uint64_t pages = m->region_pages;
     for (uint64_t i = 0; i < m->accesses; i++) {
         write_page(region, i % pages);
-        if (i < ahead)
+        if (i % LAP || i < m->budget_pages)
             continue;
-        uint64_t from = i - ahead, base = from % pages, n = present(pagemap, region, base, entry, 4096);
-        if (base + 4096 > pages)
-            continue;
-        uint64_t last = 0;  // the page evicted last
-        for (uint64_t k = 0; k < n; k++)
-            if (!(entry[k] >> 63))
-                last = from + k + 1;
-        if (!last || last - 1 <= tail)
-            continue;
-        tail = last + 64;
-        uint64_t t = clock_ns();
-        read_page(region, (last - 1) % pages);
-        samples_add(&s, (double)(clock_ns() - t));
-        s.accesses++;
-        s.ns += clock_ns() - t;
+        usleep(SETTLE_US);
+        uint64_t n = present(pagemap, region, 0, entry, pages), at = i % pages, back = 0, asked = 0;
+        while (back < n && entry[(at + pages - back) % pages] >> 63)
+            back++;  // what is still here: the last that left is behind it
+        for (; back < n && asked < RESCUED; back += 3, asked++) {
+            uint64_t page = (at + pages - back) % pages;
+            uint64_t now;
+            if (present(pagemap, region, page, &now, 1) != 1 || now >> 63)
+                continue;  // brought ahead of another
+            uint64_t t = clock_ns();
+            read_page(region, page);
+            uint64_t took = clock_ns() - t;
+            if (!asked)
+                continue;  // the DM-Handler was asleep
+            samples_add(&s, (double)took);
+            s.accesses++;
+            s.ns += took;
+        }
     }
     return print_one(&s);
 }

@@ -240,6 +240,7 @@ class DmHandler:
                 counters=self.source.counters(),
                 error=self._engine_error(),
                 uncaptured=self._uncaptured.peak,
+                pids=self._pids(),
             )
 
     def _look_at_uncaptured(self) -> None:

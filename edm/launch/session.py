@@ -19,6 +19,7 @@ from edm.errors import EdmError, UsageError
 from edm.launch.control import Control, Event
 from edm.launch.program import KEPT, Ending, Program, block_signals
 from edm.launch.revival import Revival, roles_of
+from edm.launch.strays import Strays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,8 @@ class Session:
         self._mistake = False
         self.counters: dict[str, int] = {}
         self.uncaptured: dict[str, int] = {}
+        self._captured_now: list[int] | None = None
+        self._capturing = config.fault_source == "uffd"
         self.warnings: list[str] = []
         self._pids: list[int] | None = None
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -129,6 +132,7 @@ class Session:
     ) -> Outcome:
         """Run the program to its end, as `user` if one is given. `tick` is called ten times a second."""
         program = Program(path, list(command), self._environment(), self._mask, user)
+        strays = Strays(program.pid)
         peak = 0
         ending = None
         while ending is None:
@@ -139,6 +143,9 @@ class Session:
                 self.end_programs([program.pid])
                 program.wait(END_S)
                 raise RunFailed(self._failure)
+            if self._captured_now is not None and self._capturing and not self._revival.under_way:
+                for text in strays.look(self._captured_now):
+                    self._warn(text)
             tick(self)
         self._wait_revived()
         seconds = time.monotonic() - program.started
@@ -179,6 +186,7 @@ class Session:
             case "counters" | "finished":
                 self.counters = details["counters"]
                 self.uncaptured = details.get("uncaptured", self.uncaptured)
+                self._captured_now = details.get("pids", self._captured_now)
                 self._finished |= event.event == "finished"
                 if details.get("error"):
                     self._warn(f"internal: {details['error']}")

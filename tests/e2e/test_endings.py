@@ -209,3 +209,14 @@ def test_mistake_of_one_rank_ends_the_job(edm, tmp_path):
     assert ran.returncode == 127
     assert b"edm: nosuchprogram: command not found\n" in ran.stderr
     assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.soak
+def test_program_that_cannot_be_captured_and_is_started_by_one_that_is_is_warned_of(edm, tmp_path):
+    source, target = tmp_path / "static.c", tmp_path / "static"
+    source.write_text('#include <unistd.h>\nint main(void) { sleep(7); return write(1, "ran\\n", 4) != 4; }\n')
+    subprocess.run(["cc", "-static", "-o", target, source], check=True)
+    ran = edm.run("--transport", "inproc", "--", "sh", "-c", f"{target}; sleep 1")
+    assert (ran.status, ran.out) == (0, b"ran\n")
+    assert one_line(ran.err).startswith("edm: warning: process ")
+    assert f" is not captured, its memory is all local: {target} is statically linked" in ran.err

@@ -73,7 +73,9 @@ def program(edm):
         run.stdin.close()
 
 
-@pytest.mark.parametrize("store", ["file", pytest.param("lmdb", marks=pytest.mark.soak), "memory"])
+@pytest.mark.parametrize(
+    "store", ["file", *(pytest.param(name, marks=pytest.mark.soak) for name in ("lmdb", "memory"))]
+)
 def test_what_is_given_back_leaves_the_table_the_store_and_the_disk(edm, program, store):
     server = Server(edm, store)
     app = program(server)

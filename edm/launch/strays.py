@@ -1,0 +1,82 @@
+"""Programs of the run that are not captured: found, and warned of, since nothing keeps them within the budget.
+
+A captured program may start others, and those the dynamic linker loads no library into cannot be captured.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from edm.errors import UsageError
+from edm.launch.checks import check_capturable
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+LOOK_EVERY_S: Final = 1.0
+AFTER_S: Final = 4.0
+"""So long a process is not told of: between its exec and its hand-over it is no stray."""
+OURS: Final = "edm: "
+
+
+class Strays:
+    """Looks at a program and all below it now and then. Each program's file is warned of once."""
+
+    def __init__(self, pid: int, *, every_s: float = LOOK_EVERY_S, after_s: float = AFTER_S) -> None:
+        self._pid = pid
+        self._every_s, self._after_s = every_s, after_s
+        self._looked = time.monotonic()
+        self._since: dict[tuple[int, str], float] = {}
+        self._told: set[str] = set()
+
+    def look(self, captured: Collection[int]) -> list[str]:
+        """Warnings for what is due, mostly none; captured: what the DM-Handler knows."""
+        now = time.monotonic()
+        if now - self._looked < self._every_s:
+            return []
+        self._looked = now
+        uncaptured = {(pid, file): now for pid in _below(self._pid) if pid not in captured and (file := _file(pid))}
+        self._since = {key: self._since.get(key, seen) for key, seen in uncaptured.items()}
+        texts = []
+        for (pid, file), since in self._since.items():
+            if now - since >= self._after_s and file not in self._told:
+                self._told.add(file)
+                texts.append(f"process {pid} is not captured, its memory is all local: {_why(file)}")
+        return texts
+
+
+def _below(pid: int) -> Iterator[int]:
+    """The process and all its descendants, without EDM's own. Source: proc_pid_task(5), children."""
+    try:
+        if Path(f"/proc/{pid}/comm").read_text().startswith(OURS):
+            return
+        children = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except OSError:  # it has ended
+        return
+    yield pid
+    for child in children:
+        yield from _below(child)
+
+
+def _file(pid: int) -> str:
+    """The program's file, "" if it has ended or may not be looked at."""
+    try:
+        return str(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return ""
+
+
+def _why(file: str) -> str:
+    try:
+        check_capturable(Path(file))
+    except UsageError as error:
+        return str(error).partition(" (--uncaptured")[0]
+    except OSError:
+        pass  # removed since
+    return f"{file} was started without EDM's environment, or by a system call of its own"

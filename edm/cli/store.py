@@ -79,7 +79,7 @@ def verify(directory: Path, as_json: bool) -> int:
         click.echo(json.dumps({"pages": pages, "damaged": [one.as_json() for one in damaged]}, indent=2))
     elif damaged:
         bad = sum(bool(one.page) for one in damaged)
-        title = f"{bad} damaged of {pages} pages" + (f", and {len(damaged) - bad} other places" * (bad < len(damaged)))
+        title = f"{bad} damaged of {pages} pages" + (_others(len(damaged) - bad))
         rows = [[d.page, str(d.file), "" if d.offset is None else str(d.offset), d.reason] for d in damaged]
         _print_table(title, ["page", "file", "at byte", "reason"], rows)
     else:
@@ -123,6 +123,10 @@ def _region(text: str) -> int:
         return int(text, 0)
     except ValueError:
         raise UsageError(f"'{text}' is not a region: use a number as 'edm store list' shows it") from None
+
+
+def _others(places: int) -> str:
+    return f", and {places} other place{'s' * (places > 1)}" if places else ""
 
 
 def _figure(key: str, value: Any) -> str:

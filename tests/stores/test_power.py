@@ -5,6 +5,7 @@ import random
 import shutil
 
 import pytest
+from children import in_a_child
 
 from edm.dms.server import MemoryServer
 from edm.errors import StoreError
@@ -268,6 +269,64 @@ def _check_lmdb(image, options, sure):
         if ref["status"] == GetStatus.EXISTING_PAGE:
             assert into[at * PAGE_BYTES : (at + 1) * PAGE_BYTES] == batch_of(1, [at], int(ref["version"]))[1]
     server.close()
+
+
+def lmdb_without_syncs(path, images, seed):
+    """How often a store that was never synced opened after a loss of power: every sector is of any earlier time."""
+    random_, options = random.Random(seed), {"sync": "none", "map_size": "1M"}
+    server = MemoryServer(*(open_store(kind, "lmdb", path / "live", options) for kind in ("spt_store", "page_store")))
+    file = path / "live" / "lmdb" / "data.mdb"
+    contents = []
+    for version in range(1, 30):
+        start = random_.randrange(30)
+        refs, pages = batch_of(1 << 32, range(start, start + 8), version)
+        assert server.evict(1, refs, memoryview(pages)) == ""
+        contents.append(file.read_bytes())
+    server.close()
+    opened = 0
+    for number in range(images):
+        data, image = bytearray(contents[-1]), path / f"image-{number}"
+        # Few sectors or many, since a store of which much is missing only refuses.
+        for at in random_.sample(range(0, len(data), SECTOR), random_.choice([1, 3, 20, len(data) // SECTOR])):
+            data[at : at + SECTOR] = random_.choice(contents)[at : at + SECTOR].ljust(SECTOR, b"\0")
+        shutil.copytree(path / "live", image)
+        (image / "lmdb" / "data.mdb").write_bytes(data)
+        (image / "lmdb" / "LOCK").write_bytes(lock_record("another-boot"))
+        word = in_a_child(lambda image=image: _opened(image, options))
+        assert word in {"opened", "refused"}, word
+        opened += word == "opened"
+        shutil.rmtree(image)
+    return opened
+
+
+def _opened(image, options):
+    """Whatever is answered is a page as some version of it was, and never newer than that version."""
+    try:
+        table = open_store("spt_store", "lmdb", image, options)
+        server = MemoryServer(table, open_store("page_store", "lmdb", image, options))
+    except StoreError:
+        return "refused"
+    refs, _ = batch_of(1 << 32, range(40), 0)
+    into = bytearray(len(refs) * PAGE_BYTES)
+    server.get(1, refs, memoryview(into))
+    for at, ref in enumerate(refs):
+        if ref["status"] == GetStatus.EXISTING_PAGE:
+            assert into[at * PAGE_BYTES : (at + 1) * PAGE_BYTES] == batch_of(1, [at], int(ref["version"]))[1]
+    return "opened"
+
+
+def test_lmdb_that_was_never_synced_serves_no_wrong_bytes_after_a_loss_of_power(in_memory):
+    assert lmdb_without_syncs(in_memory, 20, 5)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_lmdb_that_was_never_synced_many_times(in_memory):
+    opened = 0
+    for seed in range(10):
+        (in_memory / str(seed)).mkdir()
+        opened += lmdb_without_syncs(in_memory / str(seed), 100, seed)
+    print(f"1000 images, {opened} opened")
 
 
 def test_journal_that_is_damaged_from_the_start_is_an_error_that_names_it(tmp_path):

@@ -8,8 +8,8 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(60)]
 
 PAGES = 8192
 EIGHTH = PAGES // 8
-MS = "200"
-"""Between advice and reading: a sweep looks for advice every few milliseconds, on a busy machine less often."""
+MS = "100"
+"""Between advice and reading, where the program cannot see whether it is followed: a sweep looks every few ms."""
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def test_pageout_evicts_where_nothing_else_would(advised):
     assert advised("none", "none")["evictions"] == 0
     counters = advised("pageout", "none")
     assert counters["hints"] == 1
-    assert counters["evictions"] >= 0.95 * PAGES
-    assert counters["fetches"] >= 0.95 * PAGES
+    assert counters["evictions"] >= 0.9 * PAGES
+    assert counters["fetches"] + counters["rescues"] >= 0.9 * PAGES
 
 
 def test_cold_pages_leave_before_older_ones(advised):
     warm, cold = advised("warm", "36M"), advised("cold", "36M")
     assert warm["fetches"] + warm["rescues"] > EIGHTH / 2, "nothing had to leave"
-    assert cold["evictions"] > EIGHTH / 4, "nothing had to leave"
+    assert cold["evictions"] >= EIGHTH / 4, "nothing had to leave"
     assert cold["fetches"] + cold["rescues"] < EIGHTH / 4
 
 

@@ -3,6 +3,7 @@
 // every 97th page, round and round; chunks, sequential: 64 pages in order here and there; warm, cold: an eighth more is
 // written, and then all is read but the eighth that was advised.
 #include <errno.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -20,6 +21,27 @@ static void advise(char *memory, size_t bytes, int advice) {
     if (madvise(memory, bytes, advice)) {
         perror("madvise");
         exit(1);
+    }
+}
+
+static size_t present(const char *memory, size_t pages) {
+    static uint64_t entry[16384];
+    int fd = open("/proc/self/pagemap", O_RDONLY);
+    ssize_t got = pread(fd, entry, pages * 8, (off_t)((uintptr_t)memory / PAGE * 8));
+    close(fd);
+    size_t n = 0;
+    for (ssize_t i = 0; i < got / 8; i++)
+        n += entry[i] >> 63;
+    return n;
+}
+
+// Until so many pages are there, at least or at most; not for ever: what was read afterwards then tells.
+static void await(const char *memory, size_t pages, size_t least, size_t most) {
+    for (int i = 0; i < 1000; i++) {
+        size_t n = present(memory, pages);
+        if (n >= least && n <= most)
+            return;
+        usleep(10000);
     }
 }
 
@@ -67,6 +89,10 @@ int main(int argc, char **argv) {
             return 1;
     }
     usleep(wait_us);
+    if (!strcmp(advice, "pageout"))
+        await(memory, pages, 0, pages / 20);
+    if (!strcmp(advice, "willneed") || !strcmp(advice, "posix"))
+        await(memory, pages / 8, pages / 16, pages);
     bool strided = !strcmp(advice, "strided") || !strcmp(advice, "random");
     bool chunks = !strcmp(advice, "chunks") || !strcmp(advice, "sequential");
     size_t wrong = 0, read = pages;
@@ -76,7 +102,7 @@ int main(int argc, char **argv) {
             return 1;
         for (size_t i = 0; i < part / PAGE; i++)
             *at(more, i) = i;
-        usleep(wait_us);  // until that is captured, and room is made for it
+        await(memory, pages, 0, pages - pages / 32);  // until that is captured, and room is made for it
         read -= part / PAGE;
     }
     for (size_t i = 0; i < read; i++) {  // pages and chunks are powers of two: each is read once

@@ -106,14 +106,19 @@ def gc(directory: Path, as_json: bool) -> None:
 @click.option(
     "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file to write."
 )
-def export(directory: Path, region: int, output: Path) -> int:
+@_JSON
+def export(directory: Path, region: int, output: Path, as_json: bool) -> int:
     """Write a region's pages to a sparse file: page n at byte n * 4096 after the region's first page.
 
     Beside it, OUTPUT.json says which pages there are. A damaged page is left out, and named; then the status is 1.
     """
     with _open(directory) as store, _Progress("exporting", store.pages_of(region)) as progress:
         damaged = store.export(region, output, progress.advance)
-    for entry in damaged:
+        pages = store.pages_of(region)
+    if as_json:
+        figures = {"region": region, "output": str(output), "pages": pages - len(damaged)}
+        click.echo(json.dumps({**figures, "damaged": [entry.as_json() for entry in damaged]}, indent=2))
+    for entry in damaged if not as_json else []:
         click.echo(f"edm: left out page {entry.page}: {entry.reason} ({entry.file})", err=True)
     return 1 if damaged else 0
 

@@ -67,6 +67,28 @@ def test_export_writes_the_pages_and_what_they_are(store, tmp_path):
     assert len(data) == 410 * PAGE_BYTES
 
 
+def test_export_leaves_out_a_damaged_page_and_names_it(tmp_path):
+    server = MemoryServer(open_store("spt_store", "file", tmp_path, {}), open_store("page_store", "file", tmp_path, {}))
+    refs, data = batch_of(REGION, range(5), 1)
+    assert server.evict(3, refs, memoryview(data)) == ""
+    file, offset = server.pages.where(2), server.pages.offset(2)
+    server.close()
+    with file.open("r+b") as segment:
+        segment.seek(offset)
+        segment.write(b"\0" if data[2 * PAGE_BYTES] else b"\1")
+    output = tmp_path / "out.bin"
+    result = run("export", "--json", tmp_path, hex(REGION), "-o", output)
+    assert result.return_value == 1
+    figures = json.loads(result.stdout)
+    assert (figures["region"], figures["pages"], figures["output"]) == (REGION, 4, str(output))
+    assert [(one["page"], one["offset"]) for one in figures["damaged"]] == [(f"{REGION:#x}:0x2", offset)]
+    assert output.read_bytes()[2 * PAGE_BYTES : 3 * PAGE_BYTES] == bytes(PAGE_BYTES)
+    assert json.loads((tmp_path / "out.bin.json").read_text())["pages"] == [[0, 2], [3, 2]]
+    human = run("export", tmp_path, hex(REGION), "-o", output)
+    assert human.return_value == 1
+    assert f"left out page {REGION:#x}:0x2" in human.stderr
+
+
 def test_gc_keeps_every_page_and_gives_room_back(tmp_path):
     server = MemoryServer(open_store("spt_store", "file", tmp_path, {}), open_store("page_store", "file", tmp_path, {}))
     refs, data = batch_of(1 << 32, range(512), 1)

@@ -295,6 +295,21 @@ static void register_present(struct space *s, uint64_t a, uint64_t b, struct ran
     }
 }
 
+// Of an adopted program, what another DM-Handler had registered: pages of it may be away that are in no table, and a
+// fork of which no event tells needs them.
+static void register_held(struct space *s, const struct mappings *now, struct ranges *fresh) {
+    struct ranges held = {0};
+    s->held_seen = mappings_flagged(s->pid, "um", 0, LSPT_MAX_PAGE, &held);
+    for (uint32_t i = 0; i < now->n; i++)
+        for (uint32_t k = 0; k < held.n; k++) {
+            uint64_t a = held.v[k].a > now->v[i].a ? held.v[k].a : now->v[i].a;
+            uint64_t b = held.v[k].b < now->v[i].b ? held.v[k].b : now->v[i].b;
+            if (a < b)
+                register_fresh(s, a, b, fresh);
+        }
+    ranges_free(&held);
+}
+
 // Called with the lock held. Returns whether mappings have changed lately.
 bool space_sweep(struct space *s) {
     if (s->applying || s->statm_fd < 0 || !due(s))
@@ -312,6 +327,8 @@ bool space_sweep(struct space *s) {
     }
     note_stacks(s, &now);
     struct ranges fresh = {0};
+    if (s->asks && !s->held_seen && (s->engine->no_forks || space_whole(s)))
+        register_held(s, &now, &fresh);
     uint64_t missing = unregistered_pages(s, &now), before = s->put_off;
     s->put_off = missing <= put_off_pages(s) ? missing : 0;
     for (uint32_t i = 0; i < now.n && !s->put_off; i++) {

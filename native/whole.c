@@ -46,8 +46,11 @@ static uint64_t absent_and_unknown(struct edm_engine *g, struct space *s, bool a
     return n;
 }
 
-// Pages that are not in the program now; `ask`: have them brought.
+// Pages that are not in the program now; `ask`: have them brought. Of an adopted program it is not known before a sweep
+// has found what was registered.
 static uint64_t absent(struct edm_engine *g, struct space *s, bool ask) {
+    if (s->applying || (s->asks && s->ctl && (!s->held_seen || (s->ready && s->sweep_soon))))
+        return UINT64_MAX;
     return absent_in_table(g, s, ask) + (s->asks ? absent_and_unknown(g, s, ask) : 0);
 }
 
@@ -66,9 +69,12 @@ int space_make_whole(struct edm_engine *g, int pid) {
     uint32_t still = 0;
     if (s)
         s->refs++;
-    for (uint32_t round = 0; s && !s->dead && !atomic_load(&g->stop); round++) {
-        bool ask = round % ASK_AGAIN_ROUNDS == 0;
-        uint64_t left = s->applying ? UINT64_MAX : absent(g, s, ask);
+    uint32_t asked = 0;
+    for (uint32_t round = 1; s && !s->dead && !atomic_load(&g->stop); round++) {
+        bool ask = !asked || round - asked >= ASK_AGAIN_ROUNDS;
+        uint64_t left = absent(g, s, ask);
+        if (ask && left != UINT64_MAX)
+            asked = round;
         still = left < before ? 0 : still + 1;
         before = left;
         if (!left || (left <= s->lost && still > LOST_ROUNDS))

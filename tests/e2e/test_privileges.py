@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,27 @@ def test_dump_is_whole_in_user_mode_too(nobodys_runner, open_directory, program)
     (nobodys_runner.files / "core").unlink()
     out, _ = running.end()
     assert (running.edm.returncode, out) == (0, b"as it was written\n")
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("not_allowed")
+@pytest.mark.parametrize("after_s", [0.2, 0.5, 0.9, 1.4])
+def test_dm_handler_may_die_before_a_fork_that_no_event_tells_of(nobodys_runner, forks, after_s):
+    arguments = ("run", "--transport", "zmq", "--store", "file", *USER_MODE, forks, 24)
+    running = nobodys_runner.start(*arguments, **AS_NOBODY)
+    for _ in range(3):
+        wait_for(lambda: nobodys_runner.pids({f"{forks} 24"}) or running.poll() is not None)
+        (pid,) = wait_for(lambda: nobodys_runner.pids({"edm: dm-handler"}))
+        time.sleep(after_s)
+        if running.poll() is not None:
+            break
+        os.kill(pid, signal.SIGKILL)
+        wait_for(
+            lambda pid=pid: nobodys_runner.pids({"edm: dm-handler"}) not in ([], [pid]) or running.poll() is not None
+        )
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (0, PLAIN), err
+    assert b"the DM-Handler is there again" in err
 
 
 @pytest.mark.parametrize("way", ["--user", pytest.param("exec", marks=pytest.mark.soak), "setuid"])

@@ -35,8 +35,8 @@ def command(pid: int, output: Path | None, form: str, files: bool, force: bool, 
     """Write the memory of process PID to a file, with the pages that have left the machine.
 
     The process stands still meanwhile and then goes on; Ctrl-C lets it go on at once, and leaves no file. Zeros take no
-    room in the file. Left out are devices, what the program has marked MADV_DONTDUMP, and EDM's own staging area. A
-    process that EDM has not captured can be dumped as well.
+    room in the file. Left out are devices, what the program has marked MADV_DONTDUMP, mappings of 64 GiB and more that
+    hold nothing, and EDM's own staging area. A process that EDM has not captured can be dumped as well.
 
     Exit status 1: the file could not be written, or pages that are lost are zeros in it (they are counted).
     """

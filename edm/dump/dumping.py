@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edm.dump.mappings import Mapping
 
 
+RESERVED_BYTES: Final = 1 << 36
 NEVER: Final = ("[vsyscall]", "/memfd:edm-ctl")
 
 
@@ -158,7 +159,9 @@ def _write(
         with Stopped(pid) as stopped:
             since = time.monotonic()
             mappings = [mapping for mapping in mappings_of(pid) if not mapping.name.startswith(NEVER)]
-            left_out = frozenset(m.start for m in mappings if not _kept(m, capture, files=files))
+            left_out = frozenset(
+                m.start for m in mappings if not _kept(m, capture, files=files) or _only_reserved(m, memory)
+            )
             notes = b"" if raw else core.notes_of(pid, stopped.threads, mappings)
             kept = [m for m in mappings if m.start not in left_out] if raw else mappings
             head, segments = core.layout(kept, notes, left_out)
@@ -198,6 +201,11 @@ def _entry(segment: core.Segment) -> dict[str, object]:
         "protection": mapping.protection,
         "name": mapping.name,
     }
+
+
+def _only_reserved(mapping: Mapping, memory: Memory) -> bool:
+    """Addresses that nothing is at, more than a file system may let a file have, be it all holes."""
+    return mapping.private_anonymous and mapping.bytes >= RESERVED_BYTES and not any(memory.runs(mapping))
 
 
 def _kept(mapping: Mapping, capture: Capture | None, *, files: bool) -> bool:

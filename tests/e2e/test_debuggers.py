@@ -151,6 +151,7 @@ def test_output_and_exit_status_are_the_same(edm, tmp_path, tool, order):
     assert os.stat(tmp_path / "output").st_size > 1000
 
 
+@pytest.mark.soak
 def test_program_runs_in_gdb_under_edm(edm, program):
     need("gdb")
     words = gdb_commands(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -179,6 +180,24 @@ def test_program_that_is_not_captured_is_dumped_all_the_same(edm, plain, where):
     assert (done["captured"], done["brought_pages"]) == (False, 0)
     check_contents(Core(where / "core"), plain.place)
     assert plain.end() == (b"as it was written\n", b"")
+
+
+RESERVES = """
+import mmap, sys
+kept = mmap.mmap(-1, 1 << 45, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, prot=0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_addresses_that_are_only_reserved_take_no_part_of_the_file(where):
+    with subprocess.Popen([sys.executable, "-c", RESERVES], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        done = write_dump(process.pid, where / "core")
+        process.communicate()
+    assert done.left_out_bytes >= 1 << 45
+    assert done.unreadable == []
+    assert os.stat(where / "core").st_size < 1 << 36
 
 
 def test_mistakes_are_one_line(edm, plain, where):

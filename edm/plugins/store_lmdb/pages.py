@@ -182,14 +182,17 @@ class LmdbPages:
         self._in_doubt.clear()
 
     def _delete(self, transaction: Any) -> int:
-        for key in (*self._to_free, *self._in_doubt):
-            head = transaction.get(key, db=self._heads.handle)
-            # Deleting it would free as many LMDB pages as a damaged header says: it stays, where nobody asks for it.
-            if head is not None and not self._environment.value_is_sound(head):
-                log.error("%s: slot %d is damaged and is not freed", self._environment.path, *_KEY.unpack(key))
-                continue
-            transaction.delete(key, db=self._heads.handle)
-            transaction.delete(key, db=self._tails.handle)
+        tails, is_sound = self._tails.handle, self._environment.value_is_sound
+        with transaction.cursor(self._heads.handle) as cursor:
+            for key in (*self._to_free, *self._in_doubt):
+                if not cursor.set_key(key):
+                    continue
+                # Deleting it would free as many LMDB pages as a damaged header says: it stays, and nobody asks for it.
+                if not is_sound(cursor.value()):
+                    log.error("%s: slot %d is damaged and is not freed", self._environment.path, *_KEY.unpack(key))
+                    continue
+                cursor.delete()
+                transaction.delete(key, db=tails)
         return self._count(transaction)
 
     def _last(self, transaction: Any) -> int:

@@ -141,7 +141,13 @@ class SptStore(Protocol):
 
 @runtime_checkable
 class PageStore(Protocol):
-    """Keeps pages by slot, out of place: a put never overwrites a slot that is in use."""
+    """Keeps pages by slot, out of place: a put never overwrites a slot that is in use.
+
+    A store, SPT stores included, may have what `edm store` asks for by name: `where(slot)` and `offset(slot)` (file and
+    byte of a page), `damage` (what was found damaged at opening, and could be done without: `edm.stores.damage`),
+    `verify()` (what is damaged that neither opening nor `get` finds), `look(slots)` (`live` where not all slots are
+    known: nothing is removed), `compact()` and `trim()` (give room back).
+    """
 
     def put(self, pages: memoryview, checksums: Any) -> Slots:
         """Write a batch, one fresh slot a page; `checksums` are the pages' CRC-32C (uint32 array).

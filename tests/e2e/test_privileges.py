@@ -91,7 +91,7 @@ def counters(open_directory):
     return json.loads((open_directory / "report.json").read_text())["counters"]
 
 
-@pytest.fixture(params=["device", "sysctl"])
+@pytest.fixture(params=["device", pytest.param("sysctl", marks=pytest.mark.soak)])
 def allowed(request):
     """Userfaultfd for everybody, by one of the two ways; afterwards as it was."""
     if request.param == "device":

@@ -110,11 +110,12 @@ def test_one_death_after_another(edm, running):
             if handler != last:
                 break
             time.sleep(0.02)
+        assert handler != last
         kill_while_at_work(handler, working, 0.1)
         last = handler
     out, err = process.communicate(timeout=80)
     assert (process.returncode, out) == (0, expected(command)), err
-    assert err.count(b"is there again") == 3
+    assert 1 <= err.count(b"is there again") <= 3  # one that is killed while it starts is not said to be there
 
 
 @pytest.mark.parametrize("options", [("--restarts", 0), ("--store", "memory")])

@@ -67,7 +67,7 @@ class DmsProcess:
         self._settings = settings or DmsSettings()
         self._reload = reload
         self._registry = Registry()
-        self._started = time.time()
+        self._started = time.monotonic()
         self._guarded: GuardedServer | None = None
         self._transport: Transport | None = None
 
@@ -98,7 +98,7 @@ class DmsProcess:
         return {
             "transport": self._config.transport,
             "address": str(getattr(self._transport, "address", "")),
-            "uptime_s": round(time.time() - self._started, 3),
+            "uptime_s": round(time.monotonic() - self._started, 3),
             "peers": self._peers(),
             "quota_pages": self._guarded.quota_pages,
             "usage_pages": {str(instance): pages for instance, pages in self._guarded.usage().items()},

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from edm.dump.mappings import Mapping
 
 WINDOW_PAGES: Final = 64
-GIVEN_UP_S: Final = 0.2
-"""How long a page may be missing that is said to be in the program: an address-space event may be under way."""
+GIVEN_UP_S: Final = 0.02
+"""How long a page may be missing that is not away: it may be what the program has given back without an event."""
 
 
 class Memory:
@@ -83,7 +83,7 @@ class Memory:
                 continue
             if done > start:
                 yield at + start, view[start * PAGE_BYTES : done * PAGE_BYTES]
-            if not file:
+            if not file and self._marked(at + done):
                 self.unreadable.append(at + done)
             done = start = done + 1
         if done > start:
@@ -111,6 +111,10 @@ class Memory:
             time.sleep(pause)
             pause, count = min(pause * 2, 0.002), max(1, count // 2)
         return True
+
+    def _marked(self, page: int) -> bool:
+        """Whether the kernel has anything there: if it cannot be read, it is poisoned, since all copies are lost."""
+        return bool(list(present_runs(self._pagemap, page, page + 1)))
 
     def _there(self, page: int) -> bool:
         try:

@@ -200,6 +200,18 @@ def test_addresses_that_are_only_reserved_take_no_part_of_the_file(where):
     assert os.stat(where / "core").st_size < 1 << 36
 
 
+def test_lost_pages_are_counted_and_given_back_ones_are_not(edm, program, where):
+    with subprocess.Popen([program("poisoned")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        line = process.stdout.readline().split()
+        if line[0] != b"ready":
+            pytest.skip("the kernel has no UFFDIO_POISON")
+        ran = edm("dump", process.pid, "-o", where / "core", "--json")
+        process.communicate()
+    assert ran.status == 1
+    assert "1 page(s) are lost and zeros in the file" in ran.err
+    assert json.loads(ran.out)["unreadable"] == [int(line[1], 16)]
+
+
 def test_mistakes_are_one_line(edm, plain, where):
     (where / "there").write_text("kept")
     ran = edm("dump", plain.pid, "-o", where / "there")

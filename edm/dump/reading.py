@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from edm.dump.mappings import Mapping
 
 WINDOW_PAGES: Final = 64
-GIVEN_UP_S: Final = 0.02
-"""How long a page may be missing that is not away: it may be what the program has given back without an event."""
+MISSES: Final = 10
+"""How often in a row a page is missing that is not away either: the program has given it back, or it is lost."""
 
 
 class Memory:
@@ -102,11 +102,11 @@ class Memory:
         """Have pages brought and wait for the first; False if it is nowhere to be had."""
         if self._asker is None:
             return False
-        pause, since = 0.00005, time.monotonic()
+        pause, misses = 0.00005, 0
         while not self._there(page):
-            if self._asker.bring(page, count)[0]:
-                since = time.monotonic()
-            elif time.monotonic() - since > GIVEN_UP_S:
+            # Looked at again after each answer: the page may have come, or gone, between the two.
+            misses = 0 if self._asker.bring(page, count)[0] else misses + 1
+            if misses == MISSES:
                 return False
             time.sleep(pause)
             pause, count = min(pause * 2, 0.002), max(1, count // 2)

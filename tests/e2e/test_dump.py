@@ -153,6 +153,7 @@ def test_full_disk_leaves_no_file_and_the_program_running(runner, running, where
     assert states(running.pid) <= {"S", "R", "D"}
 
 
+@pytest.mark.soak
 def test_kernel_core_has_zeros_where_pages_were_away(edm, program, where):
     pattern_of_names = Path("/proc/sys/kernel/core_pattern").read_text().strip()
     if pattern_of_names.startswith(("|", "/", "@")):

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import lmdb
 import numpy as np
 
 from edm.dms.table import page_checksums
@@ -71,6 +73,7 @@ class LmdbPages:
             self._append(transaction, self._tails, zip(keys, parts, strict=True))
             return self._count(transaction)
 
+        self._vet()
         try:
             try:
                 pages_now = self._environment.write(work, may_fill=True)
@@ -173,6 +176,7 @@ class LmdbPages:
             self._environment.close("pages")
 
     def _delete_now(self) -> None:
+        self._vet()
         if self._to_free:
             self._pages = int(self._environment.write(self._delete, may_fill=False))
             self._deleted()
@@ -181,24 +185,41 @@ class LmdbPages:
         self._to_free.clear()
         self._in_doubt.clear()
 
-    def _delete(self, transaction: Any) -> int:
-        tails, is_sound = self._tails.handle, self._environment.value_is_sound
+    def _vet(self) -> None:
+        """Leave out of what is to be deleted whose value's header is damaged: it stays, and nobody asks for it.
+
+        Deleting it would free as many LMDB pages as that header says, or make LMDB give the whole transaction up.
+        """
+        for keys in (self._to_free, self._in_doubt):
+            at = 0
+            while at < len(keys):
+                at = self._environment.read(partial(self._first_damaged, keys, at))
+                if at < len(keys):
+                    log.error("%s: slot %d is damaged and is not freed", self._environment.path, *_KEY.unpack(keys[at]))
+                    del keys[at]
+
+    def _first_damaged(self, keys: list[bytes], start: int, transaction: Any) -> int:
+        is_sound = self._environment.value_is_sound
         with transaction.cursor(self._heads.handle) as cursor:
-            for key in (*self._to_free, *self._in_doubt):
-                if not cursor.set_key(key):
-                    continue
-                # Deleting it would free as many LMDB pages as a damaged header says: it stays, and nobody asks for it.
-                if not is_sound(cursor.value()):
-                    log.error("%s: slot %d is damaged and is not freed", self._environment.path, *_KEY.unpack(key))
-                    continue
-                cursor.delete()
-                transaction.delete(key, db=tails)
+            for at in range(start, len(keys)):
+                try:
+                    if cursor.set_key(keys[at]) and not is_sound(cursor.value()):
+                        return at
+                except lmdb.CorruptedError:
+                    return at
+        return len(keys)
+
+    def _delete(self, transaction: Any) -> int:
+        for key in (*self._to_free, *self._in_doubt):
+            transaction.delete(key, db=self._heads.handle)
+            transaction.delete(key, db=self._tails.handle)
         return self._count(transaction)
 
     def _last(self, transaction: Any) -> int:
-        with transaction.cursor(self._heads.handle) as cursor:
+        # Every slot has a row in both tables; here no row has an LMDB page of its own, which might be damaged.
+        with transaction.cursor(self._tails.handle) as cursor:
             return int(_KEY.unpack(cursor.key())[0]) if cursor.last() else 0
 
     def _all_slots(self, transaction: Any) -> Slots:
-        with transaction.cursor(self._heads.handle) as cursor:
+        with transaction.cursor(self._tails.handle) as cursor:
             return np.frombuffer(b"".join(cursor.iternext(values=False)), np.uint64)

@@ -489,8 +489,6 @@ bool leaf_may_leave(struct edm_engine *g, struct leaf *l);  // or it stands else
 void leaf_pass(struct edm_engine *g, struct leaf *l);       // to the hot end of its queue
 void leaf_unlist(struct edm_engine *g, struct leaf *l);
 void leaf_cold(struct edm_engine *g, struct leaf *l);  // the next to leave
-struct leaf *leaf_coldest(const struct edm_engine *g);
-struct leaf *leaf_newer(const struct edm_engine *g, const struct leaf *l);
 enum edm_policy_idle leaf_idle(struct edm_engine *g, struct leaf *l);
 
 // ---- uffd.c, sidecar.c

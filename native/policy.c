@@ -48,19 +48,6 @@ void leaf_cold(struct edm_engine *g, struct leaf *l) {
 
 void leaf_pass(struct edm_engine *g, struct leaf *l) { leaf_enlist(g, l, l->queue); }
 
-static struct leaf *coldest_from(const struct edm_engine *g, uint32_t queue) {
-    for (; queue < EDM_POLICY_QUEUES; queue++)
-        if (g->queue[queue].coldest)
-            return g->queue[queue].coldest;
-    return NULL;
-}
-
-struct leaf *leaf_coldest(const struct edm_engine *g) { return coldest_from(g, 0); }
-
-struct leaf *leaf_newer(const struct edm_engine *g, const struct leaf *l) {
-    return l->newer ? l->newer : coldest_from(g, l->queue + 1u);
-}
-
 // ---- what a policy is asked -----------------------------------------------------------------------------------
 
 static struct edm_policy_view view(const struct edm_engine *g) {

@@ -121,38 +121,58 @@ static void choose(struct move_batch *b, struct leaf *l, uint64_t mask, uint64_t
     }
 }
 
+// What select_batch has so far. `space`: of the batch; NULL while nothing was chosen.
+struct selection {
+    struct move_batch *batch;
+    struct space *space;
+    struct ranges excluded;  // of that space, or of the one that was looked at last
+    uint64_t most;
+    uint32_t scanned;
+};
+
+// Whether the leaf was worth looking at where it stands; else it goes behind the others.
+static bool select_leaf(struct edm_engine *g, struct selection *c, struct leaf *l) {
+    if (c->space && l->space != c->space)
+        return true;
+    if (!can_move_out(l->space))
+        return false;
+    if (!c->space && l->space->pid > 0) {
+        ranges_free(&c->excluded);
+        pages_excluded(l->space->pid, &c->excluded);
+    }
+    uint64_t pass, mask = first_bits(evictable(g, l, &c->excluded, &pass), c->most);
+    if (!mask)
+        return false;
+    if (!leaf_may_leave(g, l))
+        return true;
+    c->space = l->space;
+    choose(c->batch, l, mask, pass);
+    c->most -= (uint64_t)__builtin_popcountll(mask);
+    return true;
+}
+
+// Each leaf of the queue at most once, though leaves go to its end meanwhile.
+static void select_queue(struct edm_engine *g, struct selection *c, const struct leaf_queue *q) {
+    struct leaf *end = q->hottest, *next;
+    for (struct leaf *l = q->coldest; l; l = next) {
+        bool last = l == end;
+        next = l->newer;
+        if (c->scanned++ == SCAN_LEAVES || c->batch->n == EDM_WINDOWS || !c->most)
+            return;
+        if (!select_leaf(g, c, l) && !last)
+            leaf_pass(g, l);
+        if (last)
+            return;
+    }
+}
+
 // Up to `most` of the coldest pages, all of one space.
 static struct space *select_batch(struct edm_engine *g, struct move_batch *b, uint64_t most) {
-    struct space *s = NULL;
-    struct ranges excluded = {0};
-    struct leaf *l = leaf_coldest(g), *next;
-    for (uint32_t scanned = 0; l && scanned < SCAN_LEAVES && b->n < EDM_WINDOWS && most; l = next, scanned++) {
-        next = leaf_newer(g, l);
-        if (s && l->space != s)
-            continue;
-        if (!can_move_out(l->space)) {
-            if (next)
-                leaf_pass(g, l);
-            continue;
-        }
-        if (!s && l->space->pid > 0) {
-            ranges_free(&excluded);
-            pages_excluded(l->space->pid, &excluded);
-        }
-        uint64_t pass, mask = first_bits(evictable(g, l, &excluded, &pass), most);
-        if (!mask) {
-            if (next)
-                leaf_pass(g, l);  // nothing to have here: look at it again after the others
-            continue;
-        }
-        if (!leaf_may_leave(g, l))
-            continue;
-        s = l->space;
-        choose(b, l, mask, pass);
-        most -= (uint64_t)__builtin_popcountll(mask);
-    }
-    ranges_free(&excluded);
-    return s;
+    struct selection c = {.batch = b, .most = most};
+    for (uint32_t i = 0; i < EDM_POLICY_QUEUES; i++)
+        select_queue(g, &c, &g->queue[i]);
+    ranges_free(&c.excluded);
+    return c.space;
 }
 
 // Wait until what the last batches left in staging is gone. No batch is under way meanwhile: the fault workers, which

@@ -35,7 +35,10 @@ def stopped_for(edm, program, transport, victim, seconds, rounds):
     process = edm.start("run", "--transport", transport, "--local-memory", "4M", "--", *command)
     pid, working, _ = wait_for(process.pid, victim, "working_set", "edm: sidecar")
     before = {p: title for p, title in descendants(process.pid).items() if title.startswith("edm: ")}
-    os.kill(pid, signal.SIGSTOP)
+    # The holder is needed only when another dies: the program would come to its end meanwhile.
+    stopped = [pid, working] if victim == "edm: holder" else [pid]
+    for one in stopped:
+        os.kill(one, signal.SIGSTOP)
     try:
         time.sleep(seconds)
         assert state(pid) == "T", "it was ended, or did not stop"
@@ -44,7 +47,8 @@ def stopped_for(edm, program, transport, victim, seconds, rounds):
         after = descendants(process.pid)
         assert all(after.get(p) == title for p, title in before.items()), "another was started in its place"
     finally:
-        os.kill(pid, signal.SIGCONT)
+        for one in stopped:
+            os.kill(one, signal.SIGCONT)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert out == subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=60).stdout

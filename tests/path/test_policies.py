@@ -134,6 +134,30 @@ def test_a_policy_of_a_plugin_is_asked_and_told_the_truth(engine_path, settings)
     assert told["kept"] < told["left"]
 
 
+def test_what_cannot_leave_hides_nothing_behind_it(engine_path, settings):
+    """Two leaves that stay stand in the first queue, all others in the last."""
+    arrivals = []
+
+    def arrived(_self, _view, _leaf):
+        arrivals.append(None)
+        return 0 if len(arrivals) <= 2 * LEAF else 3
+
+    table = Table(1, ctypes.sizeof(Table), None, 0, 0, ARRIVED(arrived), None, LEAVING(lambda *_: NOWHERE))
+    settings = attrs.evolve(settings, local_pages=BUDGET, write_back_pages=LEAF, fault_threads=1, ahead_pages=0)
+    with engine_path(settings) as path:
+        engine = path.source
+        assert engine.use_policy(ctypes.addressof(table)) == 0
+        with contextlib.closing(ReplayProgram(engine, path.instance, 4 * BUDGET)) as program:
+            for page in range(2 * LEAF):
+                program.write(page, page)
+            program.pin(0, 2 * LEAF)
+            for page in range(2 * LEAF, 4 * BUDGET):
+                program.write(page, page)
+        counters = engine.counters()
+    assert counters["evictions"] >= 2 * BUDGET
+    assert counters["over_limit"] == 0
+
+
 @pytest.mark.parametrize("change", [{"version": 2}, {"bytes": 40}])
 def test_a_table_of_another_version_is_refused(engine_path, settings, change):
     table = Table(1, ctypes.sizeof(Table), None, 0, 0, ARRIVED(lambda *_: 0), None, LEAVING(lambda *_: NOWHERE))

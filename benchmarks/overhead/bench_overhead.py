@@ -108,7 +108,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, two rounds")
     parser.add_argument("--option", action="append", default=[], help="for edm run, as --option=--sweep-ms=20")
     parser.add_argument("programs", nargs="*", help="some of the table's [all]")
+    parser.add_argument("--cpu", action="store_true", help="steps in the program's CPU time: on a machine that is busy")
     arguments = parser.parse_args()
+    if arguments.cpu:
+        os.environ["STEPS_CPU"] = "1"
     results = {}
     with tempfile.TemporaryDirectory(prefix="edm-bench-") as name:
         every = programs(Path(name))

@@ -18,7 +18,7 @@ help:
 	@echo "make test    C tests (plain, with ASan+UBSan, with TSan), then pytest"
 	@echo "make programs  install the programs that the end-to-end tests run, where apt can"
 	@echo "make demo    a real program in a quarter of the memory it needs"
-	@echo "make soak    the long tests; EDM_SOAK_S=3600: real programs and address spaces for an hour each"
+	@echo "make soak    the long tests, random deaths and a budget of two pages for half an hour each; EDM_SOAK_S=3600 changes how long"
 	@echo "make bench   the benchmarks"
 	@echo "make docs    write the generated parts of the documentation"
 	@echo "make lint    ruff, mypy --strict, clang-format"

@@ -56,7 +56,9 @@ class Killer:
         self.killed = Counter()
 
     def at_work(self, process, edm, seconds):
-        """Until the run has ended; one that has lasted so long goes on undisturbed."""
+        """Once the program is captured, until the run has ended; one that has lasted so long goes on undisturbed."""
+        while process.poll() is None and not edm.pids(("edm: sidecar",)):
+            time.sleep(0.01)
         end = time.monotonic() + seconds
         while process.poll() is None and time.monotonic() < end:
             time.sleep(self._chance.uniform(0.02, 0.8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import socket
@@ -65,15 +66,19 @@ class Control:
 
     def _read(self, peer: socket.socket) -> None:
         role, pid = "unknown", 0
-        try:
-            with peer.makefile("r") as lines:
-                for line in lines:
-                    details = json.loads(line)
-                    role, pid = str(details.pop("role")), int(details.get("pid", 0))
-                    self._peers[role] = peer
-                    self.events.put(Event(role, str(details.pop("event")), details))
-        except (OSError, ValueError, KeyError) as error:
-            self.events.put(Event(role, "error", {"message": f"its messages cannot be read: {error}"}))
-        if self._peers.get(role) is peer:
-            self._peers.pop(role)
+        # A peer that dies with something unread resets the connection, and its last word may be half a one.
+        with peer:
+            try:
+                with contextlib.suppress(ConnectionError), peer.makefile("r") as lines:
+                    for line in lines:
+                        if not line.endswith("\n"):
+                            break
+                        details = json.loads(line)
+                        role, pid = str(details.pop("role")), int(details.get("pid", 0))
+                        self._peers[role] = peer
+                        self.events.put(Event(role, str(details.pop("event")), details))
+            except (ValueError, KeyError) as error:
+                self.events.put(Event(role, "error", {"message": f"its messages cannot be read: {error}"}))
+            if self._peers.get(role) is peer:
+                self._peers.pop(role)
         self.events.put(Event(role, "gone", {"pid": pid}))

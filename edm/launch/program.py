@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from edm.launch.checks import CommandError
+from edm.launch.signals import wait_signal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -78,7 +79,7 @@ class Program:
         """Pass signals on until the program ends or the time is over."""
         end = time.monotonic() + timeout_s
         while (left := end - time.monotonic()) > 0:
-            info = signal.sigtimedwait(WATCHED, left)
+            info = wait_signal(WATCHED, left)
             if info is not None and info.si_signo != signal.SIGCHLD:
                 self._forward(info)
             if time.monotonic() > self._kill_at:

@@ -19,6 +19,7 @@ from edm.errors import EdmError, UsageError
 from edm.launch.control import Control, Event
 from edm.launch.program import KEPT, Ending, Program, block_signals
 from edm.launch.revival import Revival, roles_of
+from edm.launch.signals import wait_signal
 from edm.launch.strays import Strays
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Session:
             if self._failure:
                 # Nothing has run yet: what was asked for cannot be had.
                 raise (UsageError if self._mistake else RunFailed)(self._failure)
-            if signal.sigtimedwait({signal.SIGINT, signal.SIGTERM}, 0):
+            if wait_signal((signal.SIGINT, signal.SIGTERM), 0):
                 raise KeyboardInterrupt
             dead = [p for p in self._processes if p.poll() is not None]
             if dead and self._waiting_for:
@@ -295,7 +296,7 @@ class Session:
                     f"({', '.join(map(str, pids[:5]))}); Ctrl-C ends them",
                     file=sys.stderr,
                 )
-            info = signal.sigtimedwait({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}, TICK_S)
+            info = wait_signal((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD), TICK_S)
             if info is not None and info.si_signo != signal.SIGCHLD:
                 asked, since = True, time.monotonic()
             _reap()

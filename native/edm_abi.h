@@ -231,6 +231,9 @@ int edm_uffd_check(void);
 #define EDM_ACCESS_USER_MODE 2 /* … and of no fault in its own system calls: they give EFAULT on absent pages */
 int edm_uffd_access(void);
 
+/* May this process make an io_uring? With one a program keeps its uffd (native/app/tie.c). 0 or a negative errno. */
+int edm_tie_access(void);
+
 /* Take programs of other users too, if they descend from process `pid`. Before edm_engine_listen. */
 void edm_engine_admit_below(struct edm_engine *engine, int32_t pid);
 

@@ -35,6 +35,7 @@ struct edm_ctl {
     uint32_t hint_next;                 // notes of the program so far; the next goes to hint[hint_next % EDM_HINTS]
     uint32_t unused;
     uint64_t staging, anchor, self;
+    uint64_t tie;  // where the uffd's tie to the address space is mapped; 0: none, or not yet
     struct {
         uint64_t src;   // address of the window's first page
         uint64_t mask;  // pages asked for

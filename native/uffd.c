@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/io_uring.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -68,6 +69,15 @@ int uffd_access(bool *no_forks) {
 int edm_uffd_access(void) {
     bool no_forks;
     return uffd_access(&no_forks);
+}
+
+int edm_tie_access(void) {
+    struct io_uring_params p = {.flags = IORING_SETUP_R_DISABLED};
+    long ring = syscall(SYS_io_uring_setup, 1, &p);
+    if (ring < 0)
+        return -errno;
+    close((int)ring);
+    return 0;
 }
 
 int edm_uffd_check(void) {

@@ -30,6 +30,7 @@
 #include "../uffd_abi.h"
 #include "calls.h"
 #include "hints.h"
+#include "tie.h"
 
 #define PAGE 4096ul
 #define SIDECAR_STACK (16 * 1024)
@@ -228,6 +229,7 @@ static int sidecar(void *arg) {
         CALL(SYS_close_range, 0, c->uffd - 1, 0);
     CALL(SYS_close_range, c->uffd + 1, ~0u, 0);
     uint32_t last = 0;
+    bool tied = c->tie;
     side_see(c);
     for (;;) {
         uint32_t req;
@@ -240,6 +242,9 @@ static int sidecar(void *arg) {
         last = req;
         if (c->op == EDM_OP_EXIT)
             CALL(SYS_exit_group, 0, 0, 0);
+        if (!tied)
+            c->tie = tie_uffd(c->uffd);  // before its first page leaves, and no earlier: short-lived ones are spared it
+        tied = true;
         side_batch(c);
         if (c->handler_pid != c->seen_handler || c->holder_pid != c->seen_holder)
             side_see(c);
@@ -402,6 +407,7 @@ static int open_uffd(int dev, bool user_mode) {
 static void drop_ctl(struct edm_ctl *c) {
     if (!c)
         return;
+    untie_uffd(c->tie);
     CALL(SYS_munmap, c->staging, EDM_STAGING_PAGES * PAGE, 0);
     CALL(SYS_munmap, c, EDM_CTL_BYTES, 0);
 }
@@ -442,6 +448,8 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     if (r.status || uffd < 0)
         goto out;
     c->uffd = uffd;
+    if (kind == EDM_HELLO_FORK)
+        c->tie = tie_uffd(uffd);  // its parent's pages may be away
     if (!sidecar_start(c))
         goto out;
     // From here on the DM-Handler may evict: without its last word, another one goes on with what it knew of us.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from edm._native import lib
+
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
 TRANSPORTS = [pytest.param("mpi", marks=pytest.mark.mpi), "inproc"]
@@ -57,12 +59,23 @@ def running(edm, program):
     return start
 
 
+def state_of(pid):
+    """A process's state letter. Source: proc_pid_stat(5), field 3."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
 def running_still(pid):
     """Whether a process is there and no zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        return state_of(pid) not in "ZX"
     except OSError:
         return False
+
+
+def cpu_ticks(pid):
+    """CPU time a process has had so far, in clock ticks. Source: proc_pid_stat(5), fields 14 and 15."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def kill_while_at_work(victim, program, after_s=0.02):
@@ -71,6 +84,18 @@ def kill_while_at_work(victim, program, after_s=0.02):
     os.kill(program, signal.SIGSTOP)
     os.kill(victim, signal.SIGKILL)
     os.kill(program, signal.SIGCONT)
+
+
+def stop_between_batches(handler, sidecar):
+    """Stop the DM-Handler when the sidecar does not wait for it in the kernel: nobody else could wake it there."""
+    for _ in range(200):
+        os.kill(handler, signal.SIGSTOP)
+        time.sleep(0.05)
+        if state_of(sidecar) != "D":
+            return
+        os.kill(handler, signal.SIGCONT)
+        time.sleep(0.01)
+    pytest.fail("the sidecar waits for the DM-Handler all the time")
 
 
 def expected(command):
@@ -135,10 +160,11 @@ def test_without_another_or_without_the_pages_the_program_ends(edm, program, opt
 
 def test_with_handler_and_holder_dead_the_sidecar_ends_the_program(edm, running):
     process, command = running("inproc", rounds=60)
-    handler, holder, program, _ = wait_for(process.pid, "edm: dm-handler", "edm: holder", "working_set", "edm: sidecar")
+    titles = ("edm: dm-handler", "edm: holder", "edm: sidecar", "working_set")
+    handler, holder, sidecar, program = wait_for(process.pid, *titles)
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGSTOP)  # it must not be there to end the program itself
-    os.kill(handler, signal.SIGSTOP)  # … nor to start another holder
+    stop_between_batches(handler, sidecar)  # … nor to start another holder
     os.kill(holder, signal.SIGKILL)
     os.kill(handler, signal.SIGKILL)
     end = time.monotonic() + 10
@@ -149,6 +175,30 @@ def test_with_handler_and_holder_dead_the_sidecar_ends_the_program(edm, running)
     out, err = process.communicate(timeout=40)
     assert expected(command).startswith(out)
     assert process.returncode != 0, err
+
+
+@pytest.mark.skipif(lib.edm_tie_access() != 0, reason="no io_uring here")
+def test_with_all_of_edm_dead_at_once_the_program_waits(edm, running):
+    process, command = running("inproc", rounds=400)
+    titles = ("edm: dm-handler", "edm: holder", "edm: sidecar", "working_set")
+    handler, holder, sidecar, program = wait_for(process.pid, *titles)
+    time.sleep(0.3)
+    for pid in (process.pid, program, handler, sidecar, holder):  # nobody sees the others end
+        os.kill(pid, signal.SIGSTOP)
+    for pid in (sidecar, holder, handler):
+        os.kill(pid, signal.SIGKILL)
+    os.kill(program, signal.SIGCONT)
+    time.sleep(2)
+    assert running_still(program)  # another program's bytes would have ended it
+    busy = cpu_ticks(program)
+    time.sleep(0.5)
+    assert cpu_ticks(program) == busy
+    os.kill(process.pid, signal.SIGCONT)
+    out, err = process.communicate(timeout=40)
+    assert process.returncode == 70, err
+    assert expected(command).startswith(out)
+    assert not running_still(program)
+    assert edm.left_behind() == ({}, [])
 
 
 def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):

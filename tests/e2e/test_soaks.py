@@ -63,8 +63,8 @@ class Killer:
         while process.poll() is None and time.monotonic() < end:
             time.sleep(self._chance.uniform(0.02, 0.8))
             (victim,) = self._chance.choices(list(VICTIMS), VICTIMS.values())
-            if victim == "edm: holder":
-                time.sleep(APART_S)
+            if victim == "edm: holder" and not all_at_rest(process, edm, end):
+                continue
             self._kill(edm.pids((victim,)), victim)
             if victim == "edm: holder":
                 time.sleep(APART_S)
@@ -77,6 +77,19 @@ class Killer:
         except ProcessLookupError:
             return
         self.killed[title] += 1
+
+
+def all_at_rest(process, edm, until):
+    """Wait until the same DM-Handler and memory server have been there for a while: they have another holder soon."""
+    titles, since, last = ("edm: dm-handler", "edm: dms"), time.monotonic(), None
+    while process.poll() is None and time.monotonic() < until:
+        pids = edm.pids(titles[:1]) and edm.pids(titles)
+        if pids != last or not pids:
+            last, since = pids, time.monotonic()
+        if time.monotonic() - since > APART_S:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def one_run(edm, program, ops, way, options, killer=None):

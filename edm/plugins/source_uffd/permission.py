@@ -20,6 +20,10 @@ _USER_MODE: Final = (
     "user '{user}' has userfaultfd in user mode only: where a page has been evicted, or given up with MADV_DONTNEED, "
     "system calls that read or write it fail with EFAULT, mlock fails, and a signal that needs it ends the program"
 )
+_UNTIED: Final = (
+    "no io_uring here (kernel.io_uring_disabled, or a sandbox): were a program's sidecar, the DM-Handler and its "
+    "holder all killed within a second, the program would read zeros where a page is away"
+)
 _REFUSED: Final = (
     "no permission for userfaultfd as user '{user}', but in user mode: system calls would fail with EFAULT on pages "
     f"that have been evicted; {_REMEDY}; or try it: -o fault_source.uffd.user_mode=on"
@@ -33,7 +37,7 @@ def check(*, user_mode: bool = False) -> list[str]:
     """
     result: int = lib.edm_uffd_access()
     if result >= 0:
-        return _on_rung(result, user_mode=user_mode)
+        return _on_rung(result, user_mode=user_mode) + ([_UNTIED] if lib.edm_tie_access() else [])
     if result == -errno.ENOSYS:
         raise UsageError(f"this kernel has no userfaultfd ({os.uname().release}); {_NEEDS}")
     if result == -errno.EINVAL:

@@ -13,6 +13,7 @@ import attrs
 import numpy as np
 
 from edm._native import ffi, lib
+from edm.config.machine import cpu_quota
 from edm.errors import NativeError
 from edm.types import PAGE_BYTES, PAGE_REF
 
@@ -66,6 +67,7 @@ class Engine:
                 "user_mode": user_mode,
                 "record_pfn": settings.record_pfn,
                 "follow": not settings.cpus,
+                "keep_beside": not settings.cpus and _keeps_beside(settings.keep_beside),
             },
         )
         if inheritance is None:
@@ -194,3 +196,8 @@ class Engine:
         if not self._closed:
             self._closed = True
             lib.edm_engine_free(self.native)
+
+
+def _keeps_beside(setting: str) -> bool:
+    """What spins while it waits for others would use up a quota of CPU time that the program has a part in."""
+    return setting == "on" or (setting == "auto" and cpu_quota() is None)

@@ -36,6 +36,8 @@ struct edm_engine_config {
     uint8_t user_mode;         /* take programs with UFFD_USER_MODE_ONLY where there is nothing better */
     uint8_t record_pfn;        /* note each resident page's frame number when it arrives, not when it is asked for */
     uint8_t follow;            /* fault workers move to the CPU of the thread that faults: waking across CPUs is dear */
+    uint8_t keep_beside;       /* … and it is kept there: idle CPUs are occupied, by threads of class SCHED_IDLE, as
+                                  long as one thread of a program faults again and again */
 };
 
 struct edm_counters {

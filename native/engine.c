@@ -192,6 +192,7 @@ void edm_engine_free(struct edm_engine *g) {
         return;
     if (g->lpet_running || g->capture_running) {
         edm_engine_stop(g);
+        beside_stop(g);
         if (g->capture_running)
             pthread_join(g->capture, NULL);
         if (g->lpet_running)
@@ -225,6 +226,7 @@ void edm_engine_free(struct edm_engine *g) {
     }
     free(g->space);
     for (int i = 0; i < MAX_WORKERS; i++) {
+        worker_forget_thread(&g->worker[i]);
         free(g->worker[i].refs);
         unmap_pages(g->worker[i].pages, MAX_FETCH);
     }

@@ -26,6 +26,7 @@
 #define MAX_WORKERS 16
 #define MAX_FETCH 64
 #define RECENT_FAULTS 8
+#define MAX_SEATS 4
 
 // ---- LSPT -----------------------------------------------------------------------------------------------------
 
@@ -288,6 +289,9 @@ struct worker {
     uint64_t looked_ns;  // when it was
     int cpu, seen_cpu;   // where this worker is, and where it saw the program last; -1: anywhere
     uint32_t seen;       // how often in a row
+    bool beside;         // the program was on this CPU when it was seen last
+    uint32_t crowded;    // waits to come that do not spin
+    int stat_tid, stat_fd;  // the thread that was looked at last, and its /proc/TID/stat
 };
 
 struct edm_engine {
@@ -342,6 +346,7 @@ struct edm_engine {
     struct write_slot *slot;
     uint32_t nslots, free_slot, slots_used;
     uint32_t nslots_all, spare_slot;  // with those beyond the buffer; the next of these to look at
+    bool slot_wanted;                 // the LPET waits for one
     struct outbox_item *item;
     uint32_t nitems, free_item;
     uint32_t head, tail, queued;
@@ -360,6 +365,16 @@ struct edm_engine {
     uint8_t *zeros;            // MAX_FETCH pages, to fill new ones with
     _Atomic int home;          // CPU where the engine's threads are to run; -1: anywhere
     int lpet_cpu, out_cpu;
+    struct seat {
+        struct edm_engine *engine;
+        pthread_t thread;
+        int cpu;
+        _Atomic int turn;  // a futex
+        _Atomic bool asleep;
+    } seat[MAX_SEATS];  // see beside.c
+    uint32_t nseats, beside_thread, beside_row;
+    uint64_t beside_last, beside_alone;
+    _Atomic uint64_t beside_until;
     int listen_fd, dev_fd, admit_below;
     bool no_forks, user_mode;   // the kernel tells us of no forks; of no faults of its own
     char sock[EDM_SOCK_BYTES];  // where it listens
@@ -434,6 +449,12 @@ void fetch_cancel(struct edm_engine *g, uint32_t slot);
 void thread_home(struct edm_engine *g, int *cpu);
 void sidecar_home(struct space *s);
 void worker_follow(struct edm_engine *g, int worker, int tid);
+void worker_forget_thread(struct worker *w);
+
+// ---- beside.c
+void beside_start(struct edm_engine *g);
+void beside_stop(struct edm_engine *g);
+void beside_fault(struct edm_engine *g, uint32_t thread);
 
 // ---- whole.c: before a fork of which no event will tell
 int space_make_whole(struct edm_engine *g, int pid);

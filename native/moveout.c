@@ -44,7 +44,9 @@ static void slots_reserve(struct edm_engine *g, struct move_batch *b) {
             int slot = write_slot_get(g);
             while (slot < 0 && (slot = write_slot_spare(g)) < 0) {
                 pthread_cond_signal(&g->outbox_wake);
+                g->slot_wanted = true;
                 pthread_cond_wait(&g->lpet_wake, &g->mu);
+                g->slot_wanted = false;
             }
             b->slot[b->nread] = (uint32_t)slot;
             b->into[b->nread++] = write_slot_data(g, (uint32_t)slot);

@@ -9,22 +9,38 @@
 #include <string.h>
 #include <unistd.h>
 
-#define LOOK_EVERY 32    // faults
-#define LOOK_SELDOM 128  // … where they are quick: the program is where it was
-#define QUICK_NS 20000   // a fault between two CPUs takes several times as long
+#define LOOK_EVERY 64    // faults
+#define LOOK_SELDOM 256  // … where the program was found on this CPU, and faults are quick
+#define QUICK_NS 30000   // a fault between two CPUs that sleep takes several times as long
 #define SETTLED 2        // looks in a row that found the program on the same other CPU
 
+static ssize_t stat_read(struct worker *w, int tid, char *text, size_t bytes) {
+    char path[32];
+    if (w->stat_tid != tid) {
+        worker_forget_thread(w);
+        snprintf(path, sizeof path, "/proc/%d/stat", tid);
+        w->stat_fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (w->stat_fd < 0)
+            return -1;
+        w->stat_tid = tid;
+    }
+    return pread(w->stat_fd, text, bytes, 0);
+}
+
+void worker_forget_thread(struct worker *w) {
+    if (w->stat_tid)
+        close(w->stat_fd);
+    w->stat_tid = 0;
+}
+
 // The CPU a thread ran on last, or -1. Source: proc_pid_stat(5), field 39.
-static int thread_cpu(int tid) {
-    char path[32], text[512];
-    snprintf(path, sizeof path, "/proc/%d/stat", tid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
+static int thread_cpu(struct worker *w, int tid) {
+    char text[512];
+    ssize_t n = stat_read(w, tid, text, sizeof text - 1);
+    if (n <= 0) {
+        worker_forget_thread(w);  // it has ended; its number may be another's
         return -1;
-    ssize_t n = read(fd, text, sizeof text - 1);
-    close(fd);
-    if (n <= 0)
-        return -1;
+    }
     text[n] = 0;
     char *p = strrchr(text, ')');  // the name before it may hold anything
     for (int field = 2; p && field < 39; field++)
@@ -62,17 +78,17 @@ void worker_follow(struct edm_engine *g, int worker, int tid) {
     if (++w->faults < w->patience && w->cpu >= 0)
         return;
     w->faults = 0;
-    int cpu = thread_cpu(tid);
+    int cpu = thread_cpu(w, tid);
     uint64_t now = now_ns();
     bool quick = now - w->looked_ns < (uint64_t)w->patience * QUICK_NS;
-    w->patience = cpu != w->cpu || !quick ? LOOK_EVERY : LOOK_SELDOM;
     w->looked_ns = now;
     w->seen = cpu == w->seen_cpu ? w->seen + 1 : 0;
     w->seen_cpu = cpu;
-    if (cpu < 0 || cpu >= CPU_SETSIZE || cpu == w->cpu || (w->cpu >= 0 && w->seen < SETTLED))
-        return;
-    if (run_on(0, cpu))
+    if (cpu >= 0 && cpu < CPU_SETSIZE && cpu != w->cpu && (w->cpu < 0 || w->seen >= SETTLED) && run_on(0, cpu)) {
         w->cpu = cpu;
-    if (worker == 0)
-        atomic_store(&g->home, cpu);
+        if (worker == 0)
+            atomic_store(&g->home, cpu);
+    }
+    w->beside = cpu >= 0 && cpu == w->cpu;
+    w->patience = w->beside && quick ? LOOK_SELDOM : LOOK_EVERY;
 }

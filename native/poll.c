@@ -9,6 +9,8 @@
 #define SPIN_WORTH 4   // spinning is given up when no fault came for so many times its length
 #define YIELDS 16      // tries in a row of what was put off, before sleeping between them
 #define LOOK_ROUND 16  // reads of one space in a row, before the others are looked at
+#define CROWDED_NS 10000   // an offer of the CPU that takes so long let somebody else run
+#define CROWDED_WAITS 64   // … and so many waits sleep at once
 
 static bool live(const struct edm_engine *g, const struct space *s) {
     for (uint32_t k = 0; k < g->nspaces; k++)
@@ -28,19 +30,38 @@ static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) 
     }
 }
 
-// Sleep until a uffd is readable, the engine is kicked, or a fault that was put off is due.
-static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_event *ev, int max, int timeout_us,
-                         bool soon) {
-    // Where faults come one after the other, looking for the next is cheaper than being woken for it, which on another
-    // CPU costs tens of microseconds; the program has the CPU whenever it can run.
-    uint64_t now = now_ns(), spin_ns = (uint64_t)g->cfg.spin_us * 1000u;
-    uint64_t spin_end = !soon && timeout_us && now - w->served_ns < SPIN_WORTH * spin_ns ? now + spin_ns : 0;
-    while (spin_end && now_ns() < spin_end && !atomic_load(&g->stop)) {
+// Look for the next fault without sleeping; what epoll_wait returned. Where faults come one after the other from
+// another CPU, this is cheaper than being woken for each. Not where the program is on this CPU: it can go on only when
+// this thread gives the CPU up. Nor where others want the CPU, to whom each offer of it would give a whole turn.
+static int spin(struct edm_engine *g, struct worker *w, struct epoll_event *ev, int max) {
+    uint64_t now = now_ns(), spin_ns = (uint64_t)g->cfg.spin_us * 1000u, end = now + spin_ns;
+    if (w->beside || now - w->served_ns >= SPIN_WORTH * spin_ns)
+        return 0;
+    if (w->crowded) {
+        w->crowded--;
+        return 0;
+    }
+    while (now < end && !atomic_load(&g->stop)) {
         int n = epoll_wait(g->epoll, ev, max, 0);
         if (n > 0)
             return n;
         sched_yield();
+        uint64_t then = now;
+        now = now_ns();
+        if (now - then > CROWDED_NS) {
+            w->crowded = CROWDED_WAITS;
+            return 0;
+        }
     }
+    return 0;
+}
+
+// Sleep until a uffd is readable, the engine is kicked, or a fault that was put off is due.
+static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_event *ev, int max, int timeout_us,
+                         bool soon) {
+    int n = soon || !timeout_us ? 0 : spin(g, w, ev, max);
+    if (n)
+        return n;
     // A fault is put off while a system call that changes the address space goes on: its thread needs a CPU, not time.
     if (!soon)
         w->yields = 0;
@@ -53,10 +74,10 @@ static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_ev
     return epoll_pwait2(g->epoll, ev, max, &t, NULL);
 }
 
-// Where faults come one after the other, the next is most often there already, and of the same space: it is read
-// without asking first what is to be read. Not while the sidecar moves pages, which keeps others from reading.
+// Where faults come one after the other from another CPU, the next is most often there already, and of the same space:
+// it is read without asking first what is to be read. Not while the sidecar moves pages, which keeps others from reading.
 static bool read_again(struct edm_engine *g, struct worker *w, int worker) {
-    if (!w->last || ++w->in_a_row >= LOOK_ROUND || pthread_mutex_trylock(&g->mu)) {
+    if (!w->last || w->beside || ++w->in_a_row >= LOOK_ROUND || pthread_mutex_trylock(&g->mu)) {
         w->in_a_row = 0;
         return false;
     }

@@ -267,7 +267,9 @@ void *lpet_thread(void *engine) {
         // mid-move): let a fault through rather than hang the program.
         if (!full && ++idle_rounds > 4 && g->waiting.n)
             admit(g, 1);
+        g->slot_wanted = full;
         lpet_sleep(g, idle_rounds > 4 && !g->waiting.n ? 20000000 : 500000);
+        g->slot_wanted = false;
     }
     pthread_mutex_unlock(&g->mu);
     return NULL;

@@ -44,7 +44,8 @@ void write_slot_put(struct edm_engine *g, uint32_t i) {
         g->free_slot = i + 1;
     }
     g->slots_used--;
-    pthread_cond_signal(&g->lpet_wake);
+    if (g->slot_wanted)
+        pthread_cond_signal(&g->lpet_wake);
 }
 
 uint8_t *write_slot_data(struct edm_engine *g, uint32_t slot) { return g->slots + (uint64_t)slot * PAGE_SIZE_; }

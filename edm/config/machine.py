@@ -1,20 +1,24 @@
-"""How much memory this machine lets us use: what percentages, and the default budget, are of."""
+"""What this machine lets us use: the memory that percentages, and the default budget, are of; and CPU time."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from edm.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 SHARE_PERCENT: Final = 80
 """Of the memory there is, the default budget: the rest is for what is never evicted, and for others."""
 OWN_BYTES: Final = 256 << 20
 """EDM's own processes count against the same limit, as does what the program touches before it is seen to be there: at
 least so much is left for these (but no more than half)."""
+_QUOTA_FILES: Final = {"cgroup": ("cpu.cfs_quota_us",), "cgroup2": ("cpu.max",)}
 _FILES: Final = {"cgroup": ("memory.limit_in_bytes",), "cgroup2": ("memory.max", "memory.high")}
 
 
@@ -47,33 +51,51 @@ def memory_limit(root: Path = Path("/")) -> MemoryLimit:
 
 
 def _cgroup_limits(root: Path) -> list[MemoryLimit]:
+    files = _cgroup_files(root, "memory", _FILES)
+    return [limit for file in files if (limit := _limit(root, file)) is not None]
+
+
+def cpu_quota(root: Path = Path("/")) -> Path | None:
+    """The file of a cgroup, of those this process is in, that limits its CPU time; None: nothing does.
+
+    root: as for `memory_limit`. Source: Linux Documentation/admin-guide/cgroup-v2.rst (cpu.max), scheduler/sched-bwc.rst
+    (cpu.cfs_quota_us).
+    """
+    for file in _cgroup_files(root, "cpu", _QUOTA_FILES):
+        text = _text(root, file)
+        if text is not None and text.split()[:1] not in ([], ["max"], ["-1"]):
+            return file
+    return None
+
+
+def _cgroup_files(root: Path, controller: str, names: Mapping[str, Sequence[str]]) -> list[Path]:
+    """Where the groups this process is in, up to the topmost, have those files; names: of each type of file system."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
     except OSError:  # no cgroups in this kernel
         return []
-    paths = dict(_memory_groups(groups))
-    limits = []
+    paths = dict(_groups(groups, controller))
+    files = []
     for line in mounts:
-        kind, top, place = _mount(line)
+        kind, top, place = _mount(line, controller)
         if kind in paths:
-            names = [directory / name for directory in _upwards(paths[kind], top, place) for name in _FILES[kind]]
-            limits += [limit for name in names if (limit := _limit(root, name)) is not None]
-    return limits
+            files += [directory / name for directory in _upwards(paths[kind], top, place) for name in names[kind]]
+    return files
 
 
-def _memory_groups(lines: list[str]) -> list[tuple[str, str]]:
-    """File system type → this process's path in the hierarchy that may limit memory."""
+def _groups(lines: list[str], controller: str) -> list[tuple[str, str]]:
+    """File system type → this process's path in the hierarchy that the controller may be in."""
     fields = [line.split(":", 2) for line in lines]
-    first = [("cgroup", path) for _, controllers, path in fields if "memory" in controllers.split(",")]
+    first = [("cgroup", path) for _, controllers, path in fields if controller in controllers.split(",")]
     return first + [("cgroup2", path) for _, controllers, path in fields if not controllers]
 
 
-def _mount(line: str) -> tuple[str, str, str]:
-    """Of a line of mountinfo: the type ("" if no memory controller is there), the hierarchy's part, the place."""
+def _mount(line: str, controller: str) -> tuple[str, str, str]:
+    """Of a line of mountinfo: the type ("" if the controller is not there), the hierarchy's part, the place."""
     front, _, back = line.partition(" - ")
     words, (kind, _source, options) = front.split(), back.split(None, 2)
-    if kind == "cgroup" and "memory" not in options.split(","):
+    if kind == "cgroup" and controller not in options.split(","):
         kind = ""
     return kind, _unescaped(words[3]), _unescaped(words[4])
 
@@ -95,8 +117,12 @@ def _upwards(path: str, top: str, place: str) -> list[Path]:
 
 
 def _limit(root: Path, file: Path) -> MemoryLimit | None:
+    text = _text(root, file)
+    return MemoryLimit(int(text), file) if text is not None and text.isdigit() else None
+
+
+def _text(root: Path, file: Path) -> str | None:
     try:
-        text = (root / file.relative_to("/")).read_text().strip()
+        return (root / file.relative_to("/")).read_text().strip()
     except OSError:  # the root group has no such file, and a container does not show its parents
         return None
-    return MemoryLimit(int(text), file) if text.isdigit() else None

@@ -63,6 +63,13 @@ class Config:
     spin_us: int = _setting(
         50, values.spin_us, "how long a fault thread looks for the next fault before it sleeps", "MICROSECONDS"
     )
+    keep_beside: str = _setting(
+        "auto",
+        values.keep_beside,
+        "occupy idle CPUs while one thread faults again and again, so that it is not woken on another CPU than its "
+        "fault thread's; auto: with at most 4 CPUs and without a CPU quota",
+        "auto|on|off",
+    )
     patience_s: float = _setting(
         60.0, values.positive, "how long a fault waits for a lost DMS before on_loss", "SECONDS"
     )
@@ -120,6 +127,7 @@ class Config:
             patience_s=self.patience_s,
             on_loss=self.on_loss,
             spin_us=self.spin_us,
+            keep_beside=self.keep_beside,
             ahead_pages=self.prefetch,
             track_writes=self.track_writes,
             ask=self.ask,
@@ -171,6 +179,7 @@ class HandlerSettings:
     patience_s: float = 60.0
     on_loss: str = "wait"
     spin_us: int = 50
+    keep_beside: str = "auto"
     ahead_pages: int = 63
     track_writes: bool = True
     ask: bool = False

@@ -112,6 +112,13 @@ def on_loss(raw: Any, _read: Mapping[str, Any]) -> str:
     return str(raw)
 
 
+def keep_beside(raw: Any, _read: Mapping[str, Any]) -> str:
+    """Whether idle CPUs are occupied."""
+    if raw not in {"auto", "on", "off"}:
+        raise UsageError(f"must be auto, on or off, not '{raw}'")
+    return str(raw)
+
+
 def restarts(raw: Any, _read: Mapping[str, Any]) -> int:
     """How often what died is started again: 0 to 1000."""
     return _whole(raw, 1000)

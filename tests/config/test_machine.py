@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from edm.config.machine import MemoryLimit, memory_limit
+from edm.config.machine import MemoryLimit, cpu_quota, memory_limit
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -86,3 +86,19 @@ def test_the_default_budget_leaves_room_for_what_stays_and_for_edm():
     assert MemoryLimit(10 << 30).budget() == 8 << 30
     assert MemoryLimit(512 << 20).budget() == 256 << 20
     assert MemoryLimit(100 << 20).budget() == 50 << 20
+
+
+@pytest.mark.parametrize(
+    ("groups", "mount", "file", "text", "limited"),
+    [
+        ("0::/a/b", V2, "sys/fs/cgroup/a/cpu.max", "50000 100000", True),
+        ("0::/a/b", V2, "sys/fs/cgroup/a/cpu.max", "max 100000", False),
+        ("0::/a", V2, "sys/fs/cgroup/ab/cpu.max", "50000 100000", False),
+        ("4:cpu,cpuacct:/a", V1_CPU, "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "50000", True),
+        ("4:cpu,cpuacct:/a", V1_CPU, "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1", False),
+        ("4:memory:/a", V1, "sys/fs/cgroup/memory/a/cpu.cfs_quota_us", "50000", False),
+    ],
+)
+def test_quota_of_cpu_time_is_found_on_the_way_up(tmp_path, limit, groups, mount, file, text, limited):
+    limit(groups, [mount], **{file: text})
+    assert cpu_quota(tmp_path) == (Path("/", file) if limited else None)

@@ -6,7 +6,9 @@ from typing import Final, Literal
 
 import attrs
 
-Figure = Literal["per_page", "added", "speedup", "whole"]
+Figure = Literal["per_page", "added", "against", "speedup", "whole"]
+FACTORS: Final = {"against", "speedup", "whole"}
+"""Figures that are factors themselves, whatever the bare fault takes."""
 INPROC_MEMORY: Final = ("--transport", "inproc", "--store", "memory")
 INPROC_FILE: Final = ("--transport", "inproc", "--store", "file")
 MPI_FILE: Final = ("--transport", "mpi", "--store", "file")
@@ -21,9 +23,10 @@ class Case:
     """One row.
 
     mode: what edm-measure is told. arguments: for `edm run`. target: the most its ratio may be (speedup: the least).
-    figure: what is compared: nanoseconds a page or fault; what `ns` has more than `within`; the threads' speed-up; or
-    the whole time against a plain run. judged: the placement whose ratio is held against the target. sums: also held
-    against the sum of the floors. rescues: the figure stands only if most measured faults were rescues.
+    figure: what is compared: nanoseconds a page or fault; what `ns` has more than `within`; `ns` over `narrow`; the
+    threads' speed-up; or the whole time against a plain run. judged: the placement whose ratio is held against the
+    target. sums: also held against the sum of the floors. rescues: the figure stands only if most measured faults were
+    rescues.
     """
 
     name: str
@@ -39,6 +42,14 @@ class Case:
 
 CASES: Final = (
     Case(name="new", title="new page, budget not reached", mode="new", arguments=INPROC_MEMORY, target=1.3),
+    Case(
+        name="wide",
+        title="new page in 1 TiB of address space, against in 1 GiB",
+        mode="wide",
+        arguments=INPROC_MEMORY,
+        target=1.2,
+        figure="against",
+    ),
     Case(
         name="read-random",
         title="random read miss, inproc + memory",

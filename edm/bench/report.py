@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
-from edm.bench.cases import MPI_TARGET, SPREAD_TARGET, Case
+from edm.bench.cases import FACTORS, MPI_TARGET, SPREAD_TARGET, Case
 from edm.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def ratio(case: Case, result: Result, floors: Mapping[str, Spread]) -> float:
 
     The mean of the run, not the median: what eviction costs falls on few accesses, and belongs to all of them.
     """
-    return result.mean if case.figure in {"speedup", "whole"} else result.mean / floors["fault"].median
+    return result.mean if case.figure in FACTORS else result.mean / floors["fault"].median
 
 
 def row(case: Case, results: Mapping[str, Result | str], floors: Mapping[str, Spread]) -> Row:
@@ -113,7 +113,7 @@ def print_table(document: dict[str, Any]) -> None:
 
 
 def _cells(r: Row) -> list[str]:
-    is_speedup, factor = r["case"] == "threads", r["case"] in {"threads", "sort"}
+    is_speedup, factor = r["case"] == "threads", r["case"] in {"threads", "sort", "wide"}
     places = r["placements"]
     ratios = [f"{places[where]['ratio']:.2f}" if where in places else "–" for where in ("one", "all")]
     judged = places.get(r["judged"])

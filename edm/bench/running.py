@@ -159,6 +159,10 @@ def figure(
     if case.figure == "speedup":
         rate = (document["one_total"] / document["one_faults"]) / samples[0]
         return Result(spread=Spread(median=rate, low=rate, high=rate), mean=rate, counters=counters)
+    if case.figure == "against":
+        times = [document[f"{name}_total"] / document[f"{name}_faults"] for name in ("narrow", "ns")]
+        factor = times[1] / times[0]
+        return Result(spread=Spread(median=factor, low=factor, high=factor), mean=factor, counters=counters)
     if case.rescues and 2 * counters["rescues"] < document["ns_accesses"]:
         share = counters["rescues"] / document["ns_accesses"]
         raise MeasureFailed(f"only {share:.0%} of the measured faults were rescues: the store was faster")

@@ -1,5 +1,5 @@
 // edm-measure MODE key=value…: one pattern of accesses, timed from inside the program. Modes: floor-fault, floor-pread,
-// new, read-random, write-random, read-sequential, write-sequential, threads, rescue, evict, sort.
+// new, wide, read-random, write-random, read-sequential, write-sequential, threads, rescue, evict, sort.
 #include "measure.h"
 
 #include <errno.h>
@@ -175,6 +175,42 @@ static int new_pages(const struct measure *m) {
     struct samples s = {0};
     visit(&s, region, order, pages, 0, pages, true, true);
     return print_one(&s);
+}
+
+#define BLOCK_PAGES 512u      // 2 MiB: what one page of the kernel's page table covers
+#define WIDE (1ull << 40)     // bytes of address space
+#define NARROW (1ull << 30)
+
+// New pages in random order, in blocks that are spread over `span` bytes; the time of each chunk over its faults.
+static void spread(const struct measure *m, struct samples *s, uint64_t span) {
+    uint64_t pages = m->budget_pages / 4 / BLOCK_PAGES * BLOCK_PAGES, apart = span / PAGE / (pages / BLOCK_PAGES);
+    uint32_t *order = permutation(pages, 6);
+    uint8_t *region = region_map(span / PAGE, true);
+    for (uint64_t done = 0; done < pages; done += CHUNK) {
+        uint64_t f = faults_taken(), t = clock_ns();
+        for (uint64_t k = done; k < done + CHUNK; k++)
+            write_page(region, order[k] / BLOCK_PAGES * apart + order[k] % BLOCK_PAGES);
+        t = clock_ns() - t;
+        f = faults_taken() - f;
+        s->ns += t;
+        s->faults += f;
+        s->accesses += CHUNK;
+        if (f)
+            samples_add(s, (double)t / (double)f);
+    }
+    free(order);
+}
+
+static int wide(const struct measure *m) {
+    struct samples narrow = {0}, wide = {0};
+    spread(m, &narrow, NARROW);
+    spread(m, &wide, WIDE);
+    printf("{");
+    samples_print("narrow", &narrow);
+    printf(", ");
+    samples_print("ns", &wide);
+    printf("}\n");
+    return 0;
 }
 
 static uint8_t *filled(const struct measure *m) {
@@ -392,6 +428,8 @@ int main(int argc, char **argv) {
         return floor_pread(&m);
     if (!strcmp(m.mode, "new"))
         return new_pages(&m);
+    if (!strcmp(m.mode, "wide"))
+        return wide(&m);
     if (!strcmp(m.mode, "read-random") || !strcmp(m.mode, "write-random"))
         return random_misses(&m, *m.mode == 'w');
     if (!strcmp(m.mode, "read-sequential") || !strcmp(m.mode, "write-sequential"))

@@ -69,6 +69,12 @@ def test_rescues_that_were_fetches_are_no_figure():
         figure(NAMED["rescue"], sizes, "all", document, {"rescues": 10})
 
 
+def test_a_wide_address_space_is_held_against_a_narrow_one():
+    document = {"ns": [3.0], "ns_total": 300, "ns_faults": 100, "narrow_total": 500, "narrow_faults": 200}
+    result = figure(NAMED["wide"], Sizes(region_pages=8192, budget_pages=4096, accesses=4096), "one", document, {})
+    assert ratio(NAMED["wide"], result, FLOORS) == pytest.approx(1.2)
+
+
 def test_the_measuring_program_refuses_what_it_does_not_know():
     with pytest.raises(MeasureFailed, match="unknown mode 'nonsense'"):
         call([str(PROGRAM), "nonsense"], "all")

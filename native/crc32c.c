@@ -1,5 +1,6 @@
 /*
- * CRC-32C, the checksum every page carries from eviction to restore.
+ * CRC-32C, the checksum every page carries from eviction to restore. Where the CPU can, native/crc32c_wide.c takes most
+ * of it.
  *
  * The instruction has a latency of three cycles and a throughput of one, so three streams run side by side over thirds
  * of the data, and are joined by multiplying with x^(8 * length) modulo the polynomial, which is a table lookup.
@@ -23,7 +24,7 @@
 #define SHORT 128
 
 static uint32_t by_byte[8][256]; /* slicing by eight */
-static bool have_hardware;
+static bool have_hardware, have_wide;
 
 static inline uint64_t load64(const unsigned char *at) {
     uint64_t value;
@@ -151,6 +152,7 @@ static void prepare_hardware(void) {}
 __attribute__((constructor)) static void prepare(void) {
     fill_byte_tables();
     prepare_hardware();
+    have_wide = have_hardware && edm_crc32c_wide_prepare();
 }
 
 uint32_t edm_crc32c_by_table(const void *data, size_t len) { return ~table_update(~0u, data, len); }
@@ -163,7 +165,24 @@ bool edm_crc32c_by_hardware(const void *data, size_t len, uint32_t *out) {
 }
 
 uint32_t edm_crc32c(const void *data, size_t len) {
-    return ~(have_hardware ? hardware_update(~0u, data, len) : table_update(~0u, data, len));
+    const unsigned char *at = data;
+    uint32_t crc = ~0u;
+
+    if (have_wide && len >= EDM_CRC32C_WIDE_STEP) {
+        size_t steps = len / EDM_CRC32C_WIDE_STEP;
+
+        crc = edm_crc32c_wide(crc, at, steps);
+        at += steps * EDM_CRC32C_WIDE_STEP;
+        len %= EDM_CRC32C_WIDE_STEP;
+    }
+    return ~(have_hardware ? hardware_update(crc, at, len) : table_update(crc, at, len));
+}
+
+uint32_t edm_crc32c_copy(void *to, const void *from, size_t len) {
+    if (have_wide && len && len % EDM_CRC32C_WIDE_STEP == 0)
+        return ~edm_crc32c_wide_copy(~0u, to, from, len / EDM_CRC32C_WIDE_STEP);
+    memcpy(to, from, len);
+    return edm_crc32c(to, len);
 }
 
 void edm_crc32c_pages(const void *pages, size_t n_pages, uint32_t *out) {

@@ -6,7 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { ROOM = 3 * 4096 + 64 };
+
 static int failures;
+static unsigned char copied[ROOM + 1];
 
 static void expect(uint32_t got, uint32_t want, const char *what, size_t len) {
     if (got == want)
@@ -31,6 +34,12 @@ static void expect_all(const unsigned char *data, size_t len, uint32_t want, con
 
     expect(edm_crc32c_by_table(data, len), want, what, len);
     expect(edm_crc32c(data, len), want, what, len);
+    expect(edm_crc32c_copy(copied, data, len), want, what, len);
+    if (memcmp(copied, data, len) || copied[len] != 0xa5) {
+        fprintf(stderr, "%s, %zu bytes: not what was copied\n", what, len);
+        failures++;
+    }
+    memset(copied, 0xa5, len);
     if (edm_crc32c_by_hardware(data, len, &hardware))
         expect(hardware, want, what, len);
 }
@@ -51,7 +60,6 @@ static void published_vectors(void) {
 }
 
 static void every_length_and_alignment(void) {
-    enum { ROOM = 3 * 4096 + 64 };
     unsigned char *data = malloc(ROOM);
     uint32_t pages[3];
 
@@ -75,6 +83,7 @@ static void every_length_and_alignment(void) {
 int main(void) {
     uint32_t unused;
 
+    memset(copied, 0xa5, sizeof copied);
     published_vectors();
     every_length_and_alignment();
     if (!edm_crc32c_by_hardware("", 0, &unused))

@@ -1,6 +1,7 @@
 """Fault points: named places where a test kills, delays, fails or stops one of EDM's processes. Off unless armed.
 
-The C core's are in native/points.h; those of the memory server are named here. `EDM_INTERNAL_POINT` names a file with
+The C core's are in native/points.h; those of the memory server are named here, since it has some of them in C and in
+Python, whichever carries a request out. `EDM_INTERNAL_POINT` names a file with
 one line, "ROLE POINT ACTION TIMES"; the process of that role acts once, when it has passed the point so many times, and
 removes the file. With the action "hold" it then waits until the file is there again.
 """
@@ -47,11 +48,11 @@ class _Armed:
 
 
 def native_points() -> list[str]:
-    """The names of the C core's points, in the order of their numbers."""
+    """The names of the DM-Handler's points in the C core, in the order of their numbers."""
     names: list[str] = []
     while (name := lib.edm_point_name(len(names) + 1)) != ffi.NULL:
         names.append(ffi.string(name).decode())
-    return names
+    return [name for name in names if name not in SERVER_POINTS]
 
 
 def arm(role: str) -> None:
@@ -62,9 +63,10 @@ def arm(role: str) -> None:
     whose, name, action, times = flag.read_text().split()
     if whose != role:
         return
+    known = lib.edm_point_arm(name.encode(), ACTIONS[action], int(times), str(flag).encode()) > 0
     if name in SERVER_POINTS:
         _Armed.name, _Armed.action, _Armed.times, _Armed.flag = name, action, int(times), flag
-    elif lib.edm_point_arm(name.encode(), ACTIONS[action], int(times), str(flag).encode()) < 0:
+    elif not known:
         raise UsageError(f"{VARIABLE}: there is no fault point '{name}'")
 
 
@@ -76,7 +78,9 @@ def reached(name: str) -> None:
     if _Armed.times >= 0:
         return
     _Armed.name = ""
-    _Armed.flag.unlink(missing_ok=True)
+    if not _Armed.flag.exists():
+        return  # the same point of the C core has acted
+    _Armed.flag.unlink()
     if _Armed.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif _Armed.action == "delay":

@@ -8,6 +8,9 @@
 /* CRC-32C (Castagnoli, as in iSCSI and ext4) of `len` bytes at `data`; 0 for no bytes. Any alignment, any thread. */
 uint32_t edm_crc32c(const void *data, size_t len);
 
+/* Copies `len` bytes and returns their CRC-32C; `to` and `from` do not overlap. */
+uint32_t edm_crc32c_copy(void *to, const void *from, size_t len);
+
 /* CRC-32C of each of `n_pages` pages of 4096 bytes at `pages`, into `out[0..n_pages)`. Any alignment, any thread. */
 void edm_crc32c_pages(const void *pages, size_t n_pages, uint32_t *out);
 
@@ -657,12 +660,41 @@ int edm_pf_fail(struct edm_pf *pf, int call, uint32_t after, uint32_t count, int
 
 /* ---- the C tables of edm_ops.h that EDM's own parts offer (native/server.c, slabs.c) ----------------------------- */
 
-/* A page server over an SPT table and a page store's table ("edm.page_store_ops"): answers gets of stored pages, leaves
-   everything else to Python. Both must outlive it. NULL: no memory. */
+/* The journal of the SPT store `file` as the next frame needs it; it is the SPT store's, which may write frames, too. */
+struct edm_journal {
+    int32_t fd;
+    uint32_t flags;  /* of frames written here: EDM_SPT_LOOSE or 0 */
+    uint32_t chain;  /* of the last frame */
+    uint32_t held;   /* changes that are not written yet: until they are, nothing is written here */
+    uint64_t end;    /* bytes */
+    uint64_t frames; /* all, and ... */
+    uint64_t pages;  /* ... the pages in those since the last flush */
+    /* From here on the SPT store has to flush or compact: nothing is written here. */
+    uint64_t most_bytes, most_frames, most_pages;
+    void *frame;
+    uint64_t frame_bytes; /* how large that is */
+    uint64_t unwritten;   /* bytes of changes, behind the header in `frame`, of a write that failed */
+    int32_t fail;         /* for tests: the errno to be had instead of the next write; -1: it comes short */
+};
+/* Whether n pages may be written here now, with the memory for it: 0 or -EAGAIN. */
+int edm_journal_ready(struct edm_journal *journal, size_t n);
+/* Write pages and their slots as one frame, after that said 0. 0; or a negative errno: the changes are `unwritten`, and
+   the next frame goes where this one would have gone. */
+int edm_journal_record(struct edm_journal *journal, const struct edm_page_ref *refs, const uint64_t *slots, size_t n);
+/* Give the frame's memory back. */
+void edm_journal_clear(struct edm_journal *journal);
+
+/* A page server over an SPT table and a page store's table ("edm.page_store_ops"): gets of stored pages, evictions in
+   which nothing is out of the ordinary; all else is left to Python. Both must outlive it. NULL: no memory.
+   Every call but those through the table wants its lock held, or no other thread there. */
 struct edm_server;
 struct edm_server_counts {
     uint64_t gets;
     uint64_t found;
+    uint64_t stored;
+};
+struct edm_page_name {
+    uint64_t region, index;
 };
 struct edm_server *edm_server_new(struct edm_spt *spt, const void *page_store);
 void edm_server_free(struct edm_server *server);
@@ -671,7 +703,27 @@ const void *edm_server_table(const struct edm_server *server);
 /* Its lock, for whoever changes the stores by other ways; 0 or -ETIMEDOUT. The same thread leaves. */
 int edm_server_enter(struct edm_server *server, double timeout_s);
 void edm_server_leave(struct edm_server *server);
-/* Pages answered by the table so far; with the lock held. */
+/* What the table does, for who has the lock. 0 or -EAGAIN. */
+int edm_server_get(struct edm_server *server, uint32_t instance, struct edm_page_ref *refs, size_t n, void *into);
+int edm_server_evict(struct edm_server *server, uint32_t instance, struct edm_page_ref *refs, size_t n,
+                     const void *pages);
+/* Evictions are carried out here, too; not before this is called. journal: where they are committed; NULL: the SPT
+   store keeps nothing. lazy: slots that are let go of wait for a flush; they are `most_waiting` at most. */
+void edm_server_evicts(struct edm_server *server, struct edm_journal *journal, int lazy, uint64_t most_waiting);
+/* The stores are closed: nothing is answered here any more. */
+void edm_server_close(struct edm_server *server);
+/* Whether those through the table are; any thread, without the lock. */
+void edm_server_open_table(struct edm_server *server, int open);
+/* Whether there are changes that are not committed, so that no eviction is carried out here. */
+void edm_server_blocked(struct edm_server *server, int blocked);
+/* Slots that wait, whoever let go of them: more of them (0 or -ENOMEM); how many there are; all, which are forgotten. */
+int edm_server_put_by(struct edm_server *server, const uint64_t *slots, size_t n);
+size_t edm_server_waiting(const struct edm_server *server);
+void edm_server_take_waiting(struct edm_server *server, uint64_t *out);
+/* Pages recorded here by an eviction that could not be committed: how many; copied to `out` and forgotten unless that
+   is NULL. Until then it is blocked. */
+size_t edm_server_unsaved(struct edm_server *server, struct edm_page_name *out);
+/* Pages answered and stored so far; with the lock held. */
 void edm_server_counts(struct edm_server *server, struct edm_server_counts *out);
 
 /* "edm.channel_ops" around an "edm.server_ops" of this process. */
@@ -680,14 +732,31 @@ struct edm_call_channel *edm_call_channel_new(const void *server, uint32_t insta
 void edm_call_channel_free(struct edm_call_channel *channel);
 const void *edm_call_channel_table(const struct edm_call_channel *channel);
 
-/* "edm.page_store_ops" over slabs of pages, their checksums and which are in use (one byte each); a slab of NULL is
-   gone. edm_slabs_set: 0 or -ENOMEM. */
+/* Pages in slots of slabs of memory, made as needed and given back when they are empty. One thread at a time. */
 struct edm_slabs;
-struct edm_slabs *edm_slabs_new(uint64_t slab_pages);
+struct edm_slabs_figures {
+    uint64_t pages;
+    uint64_t bytes; /* of memory taken from the system */
+};
+/* NULL: no memory. */
+struct edm_slabs *edm_slabs_new(uint32_t slab_pages, uint64_t limit_pages);
 void edm_slabs_free(struct edm_slabs *slabs);
+/* Let go of all pages and their memory. */
+void edm_slabs_clear(struct edm_slabs *slabs);
+/* -EDQUOT: the limit; -ENOMEM; nothing is kept on an error. */
+int edm_slabs_put(struct edm_slabs *slabs, const void *pages, const uint32_t *sums, size_t n, uint64_t *slots);
+/* sums: what the pages' checksums must be; NULL: what was put with them. -ENOENT, -EBADMSG: see edm_slabs_failed. */
+int edm_slabs_get(struct edm_slabs *slabs, const uint64_t *slots, const uint32_t *sums, size_t n, void *into);
+uint64_t edm_slabs_failed(const struct edm_slabs *slabs);
+void edm_slabs_release(struct edm_slabs *slabs, const uint64_t *slots, size_t n);
+/* Before the first put: slots up to this one belong to a former server, and are not given again. */
+void edm_slabs_keep_off(struct edm_slabs *slabs, uint64_t slot);
+/* Where a slot's page is; NULL: nowhere. For tests. */
+void *edm_slabs_page(const struct edm_slabs *slabs, uint64_t slot);
+void edm_slabs_stat(const struct edm_slabs *slabs, struct edm_slabs_figures *out);
+/* "edm.page_store_ops" */
 const void *edm_slabs_table(const struct edm_slabs *slabs);
-int edm_slabs_set(struct edm_slabs *slabs, uint64_t number, const void *pages, const uint32_t *sums, const void *used);
 
-/* "edm.page_store_ops" over page files. NULL: no memory. */
-void *edm_pf_table_new(struct edm_pf *pf);
+/* "edm.page_store_ops" over page files; writes: puts, too. NULL: no memory. */
+void *edm_pf_table_new(struct edm_pf *pf, int writes);
 void edm_pf_table_free(void *table);

@@ -29,17 +29,24 @@ struct edm_channel_ops {
 struct edm_server_ops {
     uint32_t version, bytes;
     void *self;
-    /* As PageServer.get and .evict. 0; -EAGAIN with nothing changed: the same call through Python decides. */
+    /* As PageServer.get and .evict. 0; -EAGAIN: the same call through Python decides. */
     int (*get)(void *self, uint32_t instance, struct edm_page_ref *refs, uint32_t n, void *into);
     int (*evict)(void *self, uint32_t instance, struct edm_page_ref *refs, uint32_t n, const void *pages);
 };
 
-/* "edm.page_store_ops": offered by a PageStore. One thread at a time. */
+/* "edm.page_store_ops": offered by a PageStore. One thread at a time. A table may end behind `get`, and what is NULL is
+   not offered. */
 struct edm_page_store_ops {
     uint32_t version, bytes;
     void *self;
     /* As PageStore.get. 0 or a negative errno: the same call through Python says what it was. */
     int (*get)(void *self, const uint64_t *slots, uint32_t n, void *into);
+    /* The same for who knows the pages' checksums: they are held against these, and not against the store's own. */
+    int (*get_known)(void *self, const uint64_t *slots, const uint32_t *sums, uint32_t n, void *into);
+    /* As PageStore.put, of a store whose `sync` has nothing to do: 0, or a negative errno with nothing kept. */
+    int (*put)(void *self, const void *pages, const uint32_t *sums, uint32_t n, uint64_t *slots);
+    /* As PageStore.free; there where `put` is. */
+    void (*release)(void *self, const uint64_t *slots, uint32_t n);
 };
 
 /* "edm.policy_ops": offered by what EvictionPolicySpec.open returns. The engine keeps leaves (up to 64 neighbouring

@@ -1,4 +1,10 @@
-// All fault points of the C core, numbered in this order; docs/reliability.md says what each is for.
+// All fault points of the C core, numbered in this order; docs/reliability.md says what each is for. Those of the memory
+// server are first, and are in edm/dms/server.py as well.
+EDM_POINT(pages_asked)
+EDM_POINT(pages_put)
+EDM_POINT(pages_recorded)
+EDM_POINT(pages_synced)
+EDM_POINT(pages_committed)
 EDM_POINT(messages_read)
 EDM_POINT(event_begun)
 EDM_POINT(event_applied)

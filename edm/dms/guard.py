@@ -32,16 +32,32 @@ class GuardedServer:
     """
 
     def __init__(self, server: PageServer, table: SptStore, quota_pages: int = 0) -> None:
-        self.quota_pages = quota_pages
         self._server = server
         self._table = table
         self._lock = threading.Lock()
-        # Gets through the table of the server behind need nothing from here: a quota is for evictions.
+        # What goes through the table of the server behind needs nothing from here but for evictions under a quota.
         self._answers_from_c = (capsule := getattr(server, ATTRIBUTE, None)) is not None
         if self._answers_from_c:
             self.__edm_ops__ = capsule
         # Never less than what an instance has: pages counted at the last look, and all evicted since.
         self._at_most: dict[int, int] = {}
+        self._quota_pages = 0
+        self.quota_pages = quota_pages
+
+    @property
+    def quota_pages(self) -> int:
+        """See the class."""
+        return self._quota_pages
+
+    @quota_pages.setter
+    def quota_pages(self, pages: int) -> None:
+        with self._lock:
+            if self._answers_from_c:
+                self._server.open_table(evictions=not pages)  # type: ignore[attr-defined]
+            # What was evicted without a quota was not counted.
+            if not self._quota_pages:
+                self._at_most.clear()
+            self._quota_pages = pages
 
     def get(self, instance: int, refs: PageRefs, into: memoryview) -> None:
         """See `PageServer`."""

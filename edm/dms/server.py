@@ -70,9 +70,9 @@ class MemoryServer:
         self.counters = Counters()
         self._slots = np.empty(MAX_BATCH_PAGES, np.uint64)
         self._answer = getattr(spt, "answer", None) or self._answer_by_lookup
-        # Let go of by the SPT, not free yet: until the commit, or where that is lazy until the next flush.
+        # Let go of by the SPT, not free yet: until the commit, or where that is lazy until the next flush. With a server
+        # in C it has them, but for those that are being freed.
         self._let_go: list[Slots] = []
-        self._waiting = 0  # how many that are
         # Recorded, but the commit failed: what a repeat must not be answered from.
         self._unsaved: set[tuple[int, int]] = set()
         self._pending = False
@@ -82,13 +82,16 @@ class MemoryServer:
         self._control = Control(self)
 
     def _native_server(self) -> Any:
-        """The same server in C, for gets, where both stores can be read from there; else None."""
+        """The same server in C, where both stores can be read, and perhaps written, from there; else None."""
         pages = address_of(self.pages, PAGE_STORE, PAGE_STORE_BYTES)
         if not pages or not isinstance(self.spt, PageTable) or type(self.spt).answer is not PageTable.answer:
             return None
         native = lib.edm_server_new(self.spt.native, ffi.cast("void *", pages))
         if native == ffi.NULL:
             raise MemoryError
+        if self.spt.evicts:
+            lazy = getattr(self.spt, "lazy", False)
+            lib.edm_server_evicts(native, self.spt.journal, lazy, getattr(self.spt, "group_pages", MOST_WAITING))
         self.__edm_ops__ = capsule(int(ffi.cast("uintptr_t", lib.edm_server_table(native))), SERVER)
         return ffi.gc(native, lib.edm_server_free)
 
@@ -104,11 +107,20 @@ class MemoryServer:
         if self._native is not None:
             lib.edm_server_leave(self._native)
 
+    def open_table(self, *, evictions: bool) -> None:
+        """Whether `__edm_ops__` carries evictions out; in any thread."""
+        if self._native is not None:
+            lib.edm_server_open_table(self._native, evictions)
+
     # ---- get [6-10]
 
     def get(self, instance: int, refs: PageRefs, into: memoryview) -> None:
         """See `PageServer`."""
         count = len(refs)
+        if self._native is not None:
+            pages = ffi.from_buffer(into)
+            if not lib.edm_server_get(self._native, instance, refs_at(refs), count, pages):
+                return None
         slots = self._slots[:count] if count <= MAX_BATCH_PAGES else np.empty(count, np.uint64)
         counters = self.counters
         counters.gets += count
@@ -181,6 +193,10 @@ class MemoryServer:
     def evict(self, instance: int, refs: PageRefs, pages: memoryview) -> str:
         """See `PageServer`."""
         count = len(refs)
+        if self._native is not None:
+            if not lib.edm_server_evict(self._native, instance, refs_at(refs), count, ffi.from_buffer(pages)):
+                return ""
+            self._look_behind()
         self.counters.evictions += count
         try:
             verdicts, odd = self._screen(instance, refs, pages)
@@ -193,6 +209,15 @@ class MemoryServer:
             self.counters.failed += count
             refs["status"] = EvictStatus.FAIL
             return _one_line(error)
+
+    def _look_behind(self) -> None:
+        """Take over what the server in C has left: an eviction that it could not commit."""
+        count = 0 if self._native is None else lib.edm_server_unsaved(self._native, ffi.NULL)
+        if count:
+            names = ffi.new("struct edm_page_name[]", count)
+            lib.edm_server_unsaved(self._native, names)
+            self._unsaved.update((int(name.region), int(name.index)) for name in names)
+            self._set_pending(True)
 
     def _screen(self, instance: int, refs: PageRefs, pages: memoryview) -> tuple[Any, int]:
         rows = self.spt.lookup(refs)
@@ -238,7 +263,7 @@ class MemoryServer:
         try:
             slots = self.pages.put(pages, checksums)
         except StoreFull:
-            if not self._let_go:
+            if not self._waiting():
                 raise
             # Slots that wait for a flush are room.
             self.flush()
@@ -264,39 +289,53 @@ class MemoryServer:
 
     def changed(self, let_go: Slots = NO_SLOTS) -> None:
         """The SPT was changed other than by an eviction; `save` makes it last."""
-        self._pending = True
+        self._set_pending(True)
         if len(let_go):
             self._put_by(let_go)
 
+    def _set_pending(self, pending: bool) -> None:  # noqa: FBT001
+        self._pending = pending
+        if self._native is not None:
+            lib.edm_server_blocked(self._native, pending)
+
     def _put_by(self, slots: Slots) -> None:
-        self._let_go.append(slots)
-        self._waiting += len(slots)
+        if self._native is None:
+            self._let_go.append(slots)
+        elif lib.edm_server_put_by(self._native, words_at(slots), len(slots)):
+            raise MemoryError
+
+    def _waiting(self) -> int:
+        """How many slots wait to be free."""
+        behind = 0 if self._native is None else int(lib.edm_server_waiting(self._native))
+        return behind + sum(map(len, self._let_go))
 
     def save(self) -> None:
         """Commit what is pending, if anything is; raises `StoreError`."""
+        self._look_behind()
         if self._pending:
             self._save()
 
     def _save(self) -> None:
-        self._pending = True
+        self._set_pending(True)
         self.pages.sync()
         reached("pages_synced")
         self.spt.commit()
         self._saved()
         if getattr(self.spt, "wants_flush", False) or getattr(self.pages, "wants_flush", False):
             self.flush()
-        elif self._let_go and not getattr(self.spt, "lazy", False):
+        elif not getattr(self.spt, "lazy", False):
             self._free()
-        elif self._waiting >= getattr(self.spt, "group_pages", MOST_WAITING):
+        elif self._waiting() >= getattr(self.spt, "group_pages", MOST_WAITING):
             self.flush()  # or what a program gave back at once would stay until it has written as much again
 
     def _saved(self) -> None:
-        self._pending = False
+        self._set_pending(False)
         if self._unsaved:
             self._unsaved.clear()
 
     def flush(self) -> None:
         """Make everything so far survive a loss of power; raises `StoreError`."""
+        self._look_behind()
         self.counters.flushes += 1
         getattr(self.pages, "flush", self.pages.sync)()
         getattr(self.spt, "flush", self.spt.commit)()
@@ -304,9 +343,14 @@ class MemoryServer:
         self._free()
 
     def _free(self) -> None:
+        behind = 0 if self._native is None else int(lib.edm_server_waiting(self._native))
+        if behind:
+            slots = np.empty(behind, np.uint64)
+            lib.edm_server_take_waiting(self._native, words_at(slots))
+            self._let_go.append(slots)
         while self._let_go:
             self.pages.free(self._let_go[-1])
-            self._waiting -= len(self._let_go.pop())
+            self._let_go.pop()
 
     # ---- everything else
 
@@ -324,8 +368,10 @@ class MemoryServer:
             counters["gets"] += here.gets
             counters["found"] += here.found
             counters["new"] += here.gets - here.found
+            counters["evictions"] += here.stored
+            counters["stored"] += here.stored
         return {
-            "server": {**counters, "slots_waiting": self._waiting},
+            "server": {**counters, "slots_waiting": self._waiting()},
             "spt": self.spt.stat(),
             "pages": self.pages.stat(),
         }
@@ -335,6 +381,8 @@ class MemoryServer:
         if self._closed:
             return
         self._closed = True
+        if self._native is not None:
+            lib.edm_server_close(self._native)
         try:
             self.pages.close()
         finally:

@@ -39,8 +39,12 @@ def page_checksums(pages: Any) -> Any:
 class PageTable:
     """Region and page number → slot, version, checksum; slots counted by reference.
 
-    Every change may raise MemoryError, and has then changed nothing.
+    Every change may raise MemoryError, and has then changed nothing. evicts: whether the memory server may record and
+    commit evictions from C, past this object's methods; journal: where, NULL for nowhere (`edm_server_evicts`).
     """
+
+    evicts = False
+    journal = ffi.NULL
 
     def __init__(self) -> None:
         table = lib.edm_spt_new()

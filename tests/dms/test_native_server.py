@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from edm._native import ffi, lib
 from edm.dms.server import MemoryServer
 from edm.dms.table import PageTable, page_checksums
 from edm.ops import CHANNEL, address_of
@@ -116,14 +117,18 @@ def test_a_damaged_page_is_left_to_python_and_never_served(served, pages, tmp_pa
 
 def damage(pages, path, page):
     if isinstance(pages, MemoryPages):
-        slab = pages._slabs[0]
-        slab.pages[np.flatnonzero((slab.pages == page).all(axis=1))[0], 100] ^= 1
+        slot = next(s for s in range(4) if bytes(ffi.buffer(memory_of(pages, s), PAGE_BYTES)) == page.tobytes())
+        memory_of(pages, slot)[100] ^= 1
         return
     file = next((path / "pages").glob("*.pages"))
     content = bytearray(file.read_bytes())
     at = content.index(page.tobytes())
     content[at + 100] ^= 1
     file.write_bytes(content)
+
+
+def memory_of(pages, slot):
+    return ffi.cast("uint8_t *", lib.edm_slabs_page(pages.native, slot))
 
 
 def test_a_channel_made_before_the_hello_has_no_table(pages):

@@ -92,7 +92,11 @@ class Watched:
 
 
 class FileWorld:
-    """Page files and journal over two disks."""
+    """Page files and journal over two disks.
+
+    With every second seed the server evicts from C where it can: then the power goes between evictions, and what is not
+    synced of one is on the disk in any part.
+    """
 
     def __init__(self, path, policy, seed):
         self.random = random.Random(seed)
@@ -103,15 +107,16 @@ class FileWorld:
         self.flushed = {}
         self.stored = {}
         self.version = 0
-        self.server = self._open(self.live, self._datasync)
+        spt, pages = self._stores(self.live, self._datasync)
         for disk in self.disks.values():
             disk.all_synced()
-        self.server.spt = Watched(self.server.spt, self._spt_called, self._power)
-        self.server.pages = Watched(self.server.pages, self._pages_called, self._power)
+        watched = Watched(spt, self._spt_called, self._power), Watched(pages, self._pages_called, self._power)
+        self.server = MemoryServer(*((spt, pages) if seed % 2 else watched))
+        self.server.spt, self.server.pages = watched
 
-    def _open(self, path, datasync):
+    def _stores(self, path, datasync):
         spt = FileSpt(path / "spt", self.policy, group_pages=100, datasync=datasync)
-        return MemoryServer(spt, FilePages(path / "pages", self.policy, segment_pages=64))
+        return spt, FilePages(path / "pages", self.policy, segment_pages=64)
 
     def _datasync(self, fd):
         name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
@@ -140,6 +145,7 @@ class FileWorld:
         assert self.server.evict(1, refs, memoryview(pages)) == ""
         assert (refs["status"] == EvictStatus.SUCCESS).all()
         self.stored = self.recorded
+        self._power()
 
     def lose_power(self):
         self.countdown = self.random.randrange(1, 200)
@@ -148,7 +154,7 @@ class FileWorld:
                 self.evict()
 
     def found(self, image):
-        server = self._open(image, os.fdatasync)
+        server = MemoryServer(*self._stores(image, os.fdatasync))
         refs, _ = batch_of(1 << 32, range(PAGES + 20), 0)
         into = bytearray(len(refs) * PAGE_BYTES)
         server.get(1, refs, memoryview(into))

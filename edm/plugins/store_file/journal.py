@@ -56,7 +56,10 @@ def whole_table(table: PageTable) -> Iterator[bytes]:
 
 
 class JournalWriter:
-    """Appends frames to a journal file. write, sync: os.pwrite and os.fdatasync, for tests to replace."""
+    """Appends frames to a journal file. write, sync: os.pwrite and os.fdatasync, for tests to replace.
+
+    state: where the next frame goes; native/journal.c writes some, too, and counts the pages in those.
+    """
 
     def __init__(
         self,
@@ -66,24 +69,30 @@ class JournalWriter:
         sync: Callable[[int], None] = os.fdatasync,
     ) -> None:
         self.path = path
-        self.end = at.end
-        self._frames = at.frames
-        self._chain = at.chain
+        self.state = ffi.gc(
+            ffi.new("struct edm_journal *", {"fd": -1, "end": at.end, "frames": at.frames, "chain": at.chain}),
+            lib.edm_journal_clear,
+        )
         self._write = write
         self._sync = sync
         with saying(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.state.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self.cut()
         except StoreError:
             self.close()
             raise
 
+    @property
+    def end(self) -> int:
+        """The bytes written so far."""
+        return int(self.state.end)
+
     def append(self, changes: bytes, flags: int) -> None:
         """Write one frame; raises `StoreFull` or `StoreError`, and the next try overwrites what was torn."""
         checksum = lib.edm_crc32c(ffi.from_buffer(changes), len(changes))
-        fields = (MAGIC, flags, self._frames, len(changes), checksum)
-        before = CHAIN.pack(*fields, self._chain)
+        fields = (MAGIC, flags, self.state.frames, len(changes), checksum)
+        before = CHAIN.pack(*fields, self.state.chain)
         chain = lib.edm_crc32c(ffi.from_buffer(before), len(before))
         frame = HEADER.pack(*fields, chain) + changes
         try:
@@ -91,34 +100,41 @@ class JournalWriter:
         except OSError as error:
             self.cut()
             raise _failed("writing", self.path, error) from None
-        self.end += len(frame)
-        self._frames += 1
-        self._chain = chain
+        self.state.end += len(frame)
+        self.state.frames += 1
+        self.state.chain = chain
 
     def sync(self) -> None:
         """To the disk; raises `StoreError`."""
         try:
-            self._sync(self._fd)
+            self._sync(self.state.fd)
         except OSError as error:
             raise _failed("syncing", self.path, error) from None
 
     def cut(self) -> None:
         """Cut off what a write that failed has left; raises `StoreError`."""
         try:
-            os.ftruncate(self._fd, self.end)
+            os.ftruncate(self.state.fd, self.end)
         except OSError as error:
             raise _failed("shortening", self.path, error) from None
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.state.fd >= 0:
+            os.close(self.state.fd)
+            self.state.fd = -1
+
+    def goes_on_from(self, older: JournalWriter) -> None:
+        """Write in the place of another, which is closed: whoever has that one's `state` has this one's from now on."""
+        here, there = self.state, older.state
+        there.fd, there.end, there.frames, there.chain = here.fd, here.end, here.frames, here.chain
+        here.fd = -1
+        self.state = there
 
     def _write_whole(self, frame: bytes) -> None:
-        done = self._write(self._fd, frame, self.end)
+        done = self._write(self.state.fd, frame, self.end)
         while done < len(frame):
-            more = self._write(self._fd, memoryview(frame)[done:], self.end + done)
+            more = self._write(self.state.fd, memoryview(frame)[done:], self.end + done)
             if not more:
                 raise OSError(errno.EIO, "nothing was written")
             done += more

@@ -49,7 +49,8 @@ class FilePages:
         try:
             if self.native == ffi.NULL:
                 raise MemoryError
-            table = lib.edm_pf_table_new(self.native)
+            # From C only where `sync` has nothing to do.
+            table = lib.edm_pf_table_new(self.native, not self._always)
             if table == ffi.NULL:
                 raise MemoryError
             self._table = ffi.gc(table, lib.edm_pf_table_free)

@@ -13,11 +13,11 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from edm._native import lib
+from edm._native import ffi, lib
 from edm.dms.table import PageTable
 from edm.errors import Corrupt, StoreError
 from edm.plugins.store_file.journal import JournalWriter, change, record, whole_table
-from edm.plugins.store_file.reading import Replayed, replay, salvage
+from edm.plugins.store_file.reading import HEADER, Replayed, replay, salvage
 from edm.stores.directory import StoreDirectory, saying
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ FORMAT_VERSION: Final = 2
 _SUFFIX: Final = ".journal"
 _COMPACT_LEAST_BYTES: Final = 16 << 20
 _COMPACT_LEAST_FRAMES: Final = 1 << 17
+_UNSEALED: Final = -1
+"""In place of the number of frames there were when the last of them was sealed."""
 
 
 class FileSpt(PageTable):
@@ -51,10 +53,8 @@ class FileSpt(PageTable):
         self._loose = lib.EDM_SPT_LOOSE if sync == "none" else 0
         self.group_pages = group_pages
         self._system_calls = (write, datasync)
-        self._sealed = False
+        self._sealed_at = _UNSEALED
         self._changes: list[bytes] = []
-        self._pages_since_flush = 0
-        self._frames_since_compaction = 0
         self._suspect = False
         self._directory_unsynced = False
         self._closed = False
@@ -72,56 +72,71 @@ class FileSpt(PageTable):
     def record(self, refs: PageRefs, slots: Slots) -> Slots:
         """See `SptStore`."""
         gone = super().record(refs, slots)
-        self._changes.append(record(refs, slots))
-        self._pages_since_flush += len(refs)
+        self._note(record(refs, slots))
+        self._journal.state.pages += len(refs)
         return gone
 
     def create(self, region: int) -> None:
         """See `SptStore`."""
         super().create(region)
-        self._changes.append(change(lib.EDM_SPT_CREATE, region))
+        self._note(change(lib.EDM_SPT_CREATE, region))
 
     def clone(self, region: int, into: int) -> Slots:
         """See `SptStore`."""
         gone = super().clone(region, into)
-        self._changes.append(change(lib.EDM_SPT_CLONE, region, into))
+        self._note(change(lib.EDM_SPT_CLONE, region, into))
         return gone
 
     def move(self, region: int, start: int, to: int, count: int) -> Slots:
         """See `SptStore`."""
         gone = super().move(region, start, to, count)
-        self._changes.append(change(lib.EDM_SPT_MOVE, region, start, to, count))
+        self._note(change(lib.EDM_SPT_MOVE, region, start, to, count))
         return gone
 
     def drop(self, region: int, start: int, count: int) -> Slots:
         """See `SptStore`."""
         gone = super().drop(region, start, count)
-        self._changes.append(change(lib.EDM_SPT_DROP, region, start, count))
+        self._note(change(lib.EDM_SPT_DROP, region, start, count))
         return gone
 
     def drop_region(self, region: int) -> Slots:
         """See `SptStore`."""
         gone = super().drop_region(region)
-        self._changes.append(change(lib.EDM_SPT_DROP_REGION, region))
+        self._note(change(lib.EDM_SPT_DROP_REGION, region))
         return gone
 
     def note(self, key: int, value: int) -> None:
         """See `SptStore`."""
         super().note(key, value)
-        self._changes.append(change(lib.EDM_SPT_NOTE, key, value))
+        self._note(change(lib.EDM_SPT_NOTE, key, value))
+
+    def _note(self, change_bytes: bytes) -> None:
+        self._changes.append(change_bytes)
+        # Nothing overtakes it on the way to the journal.
+        self._journal.state.held = 1
 
     # ---- making them last
 
     @property
+    def evicts(self) -> bool:  # type: ignore[override]
+        """See `PageTable`: where a commit is a write and nothing else, and that write is the system's own."""
+        return type(self) is FileSpt and not self._always and self._system_calls[0] is os.pwrite
+
+    @property
+    def journal(self) -> Any:  # type: ignore[override]
+        """See `PageTable`."""
+        return self._journal.state
+
+    @property
     def wants_flush(self) -> bool:
         """A group of pages is full, or the journal has grown long."""
-        return (self.lazy and self._pages_since_flush >= self.group_pages) or self._long()
+        return (self.lazy and int(self._journal.state.pages) >= self.group_pages) or self._long()
 
     def commit(self) -> None:
         """See `SptStore`."""
         if self._always:
             self._seal()
-        elif self._changes:
+        elif self._journal.state.held:
             self._append(self._loose)
 
     def flush(self) -> None:
@@ -130,7 +145,7 @@ class FileSpt(PageTable):
             self._compact()
         else:
             self._seal()
-        self._pages_since_flush = 0
+        self._journal.state.pages = 0
 
     def compact(self) -> int:
         """Write the table anew, after a flush of the page store; returns by how many bytes the journal is shorter."""
@@ -161,11 +176,16 @@ class FileSpt(PageTable):
             self._directory.close(clean=clean)
 
     def _append(self, flags: int) -> None:
-        # Kept until they are written: a commit that fails is made good by the next.
-        self._journal.append(b"".join(self._changes), flags)
+        # Kept until they are written: a commit that fails is made good by the next, also one of the C core's, which
+        # writes only where nothing else is to be written before.
+        state = self._journal.state
+        first = bytes(ffi.buffer(ffi.cast("char *", state.frame) + HEADER.size, state.unwritten)) if state.unwritten else b""
+        self._journal.append(b"".join([first, *self._changes]), flags)
+        self._written()
+
+    def _written(self) -> None:
         self._changes.clear()
-        self._sealed = False
-        self._frames_since_compaction += 1
+        self._journal.state.unwritten = self._journal.state.held = 0
 
     def _seal(self) -> None:
         """Write what is pending as a frame that says: the pages are on disk; and have it there too."""
@@ -174,21 +194,27 @@ class FileSpt(PageTable):
             self._compact()
             return
         self._sync_directory()
-        if self._changes or not self._sealed:
+        state = self._journal.state
+        if state.held or self._sealed_at != state.frames:
             self._append(lib.EDM_SPT_SEALED)
         try:
             self._journal.sync()
         except StoreError:
             self._suspect = True
             raise
-        self._sealed = not self._loose
+        self._sealed_at = _UNSEALED if self._loose else int(state.frames)
 
     def _long(self) -> bool:
-        grown = self._journal.end - self._compacted_bytes
-        return (
-            grown > max(_COMPACT_LEAST_BYTES, self._compacted_bytes)
-            or self._frames_since_compaction > _COMPACT_LEAST_FRAMES + self._compacted_bytes // 64
-        )
+        state = self._journal.state
+        return bool(state.end > state.most_bytes or state.frames > state.most_frames)
+
+    def _set_limits(self, frames: int, compacted_bytes: int) -> None:
+        """How long the journal may get, after so many frames that are a whole table of so many bytes."""
+        state = self._journal.state
+        state.flags = self._loose
+        state.most_bytes = compacted_bytes + max(_COMPACT_LEAST_BYTES, compacted_bytes)
+        state.most_frames = frames + _COMPACT_LEAST_FRAMES + compacted_bytes // 64
+        state.most_pages = self.group_pages if self.lazy else (1 << 64) - 1
 
     # ---- files
 
@@ -210,7 +236,7 @@ class FileSpt(PageTable):
                 _remove(older)
         self._torn_bytes = at.left_bytes
         self._journal = JournalWriter(found[-1] if found else path / f"{0:08x}{_SUFFIX}", at, *self._system_calls)
-        self._compacted_bytes = 0
+        self._set_limits(at.frames, 0)
         if not found:
             self._compact()
 
@@ -235,12 +261,12 @@ class FileSpt(PageTable):
                 raise StoreError(f"renaming {beside}: {error.strerror}") from None
             raise
         old.close()
+        new.goes_on_from(old)
         self._journal = new
-        self._compacted_bytes = new.end
-        self._changes.clear()
-        self._frames_since_compaction = 0
+        self._written()
+        self._set_limits(int(new.state.frames), new.end)
         self._suspect = False
-        self._sealed = not self._loose
+        self._sealed_at = _UNSEALED if self._loose else int(new.state.frames)
         # Where this fails, the older journal is still complete up to here, and the newer is tried first.
         self._directory_unsynced = True
         self._sync_directory()

@@ -105,10 +105,6 @@ class SptRows:
     checksums: NDArray[np.uint32]
 
 
-INHERITANCE_FILE: Final = "inheritance.json"
-"""In the run's directory: what is to be an `Inheritance`, as an object of its fields."""
-
-
 @attrs.frozen(slots=True)
 class Inheritance:
     """Where a DM-Handler finds the programs of one that died.

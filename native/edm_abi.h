@@ -242,8 +242,10 @@ int edm_tie_access(void);
 /* Take programs of other users too, if they descend from process `pid`. Before edm_engine_listen. */
 void edm_engine_admit_below(struct edm_engine *engine, int32_t pid);
 
-/* The holder: keeps every file descriptor of this process open after it has died. Returns its pid, or -errno. */
-int edm_holder_start(int32_t launcher_pid);
+/* The holder: keeps every file descriptor of this process open after it has died. Once `launcher_pid` (0: nobody) has
+   ended too it ends the programs; `waits`: it keeps them waiting instead, for as long as there are any, since somebody
+   may start a DM-Handler that takes over. Returns its pid, or -errno. */
+int edm_holder_start(int32_t launcher_pid, bool waits);
 
 /* ---- fault points (native/points.h): for tests ---- */
 #define EDM_POINT_KILL 1  /* SIGKILL for this process */

@@ -9,13 +9,16 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #define HOLDER_PIDS 65536
+#define HOLDER_FDS (1 << 20)
 
 struct holder_page {
     _Atomic uint32_t n;
@@ -63,23 +66,51 @@ static void set_title(const char *title) {
     memcpy((void *)start, title, strlen(title));
 }
 
-static void hold(int handler_fd, int launcher_fd) {
+// Whether a descriptor is the uffd of an address space that lives. Nothing is ever mapped at the second page. Source:
+// ioctl_userfaultfd(2), UFFDIO_ZEROPAGE.
+static bool serves_somebody(int fd) {
+    struct uffdio_zeropage z = {.range = {PAGE_SIZE_, PAGE_SIZE_}};
+    return ioctl(fd, UFFDIO_ZEROPAGE, &z) && (errno == ENOENT || errno == EAGAIN);
+}
+
+// Somebody may start a DM-Handler that takes over, and ends us then. Until that, or until no program is left.
+static void await_adoption(void) {
+    struct rlimit most = {0};
+    getrlimit(RLIMIT_NOFILE, &most);
+    int last = most.rlim_cur < HOLDER_FDS ? (int)most.rlim_cur : HOLDER_FDS;
+    while (last >= 0) {
+        int alive = -1;
+        for (int fd = 0; fd <= last; fd++)
+            if (serves_somebody(fd))
+                alive = fd;
+        last = alive;
+        sleep(1);
+    }
+}
+
+static void await_end(int pidfd) {
+    struct pollfd p = {pidfd, POLLIN, 0};
+    while (pidfd >= 0 && poll(&p, 1, -1) < 0 && errno == EINTR)
+        continue;
+}
+
+static void hold(int handler_fd, int launcher_fd, bool waits) {
     set_title("edm: holder");
     setsid();
     sigset_t all;
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
-    struct pollfd p = {handler_fd, POLLIN, 0};
-    while (poll(&p, 1, -1) < 0 && errno == EINTR)
-        continue;
-    p.fd = launcher_fd;
-    while (launcher_fd >= 0 && poll(&p, 1, -1) < 0 && errno == EINTR)
-        continue;
-    end_programs();
+    await_end(handler_fd);
+    if (waits) {
+        await_adoption();
+    } else {
+        await_end(launcher_fd);
+        end_programs();
+    }
     _exit(0);
 }
 
-int edm_holder_start(int32_t launcher_pid) {
+int edm_holder_start(int32_t launcher_pid, bool waits) {
     page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (page == MAP_FAILED) {
         page = NULL;
@@ -92,6 +123,6 @@ int edm_holder_start(int32_t launcher_pid) {
     // Like fork, but with one file table for both. Source: clone(2), CLONE_FILES.
     long pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
     if (pid == 0)
-        hold(self, launcher);
+        hold(self, launcher, waits);
     return pid < 0 ? -errno : (int)pid;
 }

@@ -82,6 +82,12 @@ class Config:
     restarts: int = _setting(
         5, values.restarts, "how often in a minute a DM-Handler or DMS that died is started again; 0: never", "N"
     )
+    on_death: str = _setting(
+        "kill",
+        values.on_death,
+        "what died is not started again: end the program, or keep it waiting for 'edm adopt'",
+        "kill|wait",
+    )
     path: Path | None = _setting(
         None, values.path, "directory for the run's files and the page files (default: a temporary one)", "DIR"
     )

@@ -102,13 +102,19 @@ def ahead(raw: Any, _read: Mapping[str, Any]) -> int:
     return _whole(raw, MOST_AHEAD)
 
 
-ON_LOSS: Final = ("wait", "poison", "kill")
-
-
 def on_loss(raw: Any, _read: Mapping[str, Any]) -> str:
     """What to do about a DMS that is lost for good."""
-    if raw not in ON_LOSS:
-        raise UsageError(f"must be one of {', '.join(ON_LOSS)}, not '{raw}'")
+    return _one_of(raw, "wait", "poison", "kill")
+
+
+def on_death(raw: Any, _read: Mapping[str, Any]) -> str:
+    """What to do about a DM-Handler or DMS that died and is not started again."""
+    return _one_of(raw, "kill", "wait")
+
+
+def _one_of(raw: Any, *words: str) -> str:
+    if raw not in words:
+        raise UsageError(f"must be one of {', '.join(words)}, not '{raw}'")
     return str(raw)
 
 

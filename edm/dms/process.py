@@ -20,7 +20,7 @@ import setproctitle
 from edm import faultpoints
 from edm.config import Config
 from edm.dms.guard import GuardedServer
-from edm.dms.reports import LauncherReports, notify_reloading, open_reports
+from edm.dms.reports import Forwarding, LauncherReports, notify_reloading, open_reports
 from edm.dms.server import MemoryServer
 from edm.dms.settings import DmsSettings
 from edm.dms.status import StatusSocket
@@ -175,7 +175,7 @@ def reported(run_dir: Path) -> Iterator[Reports]:
         sys.exit(USER_MISTAKE)
     except Exception as error:
         # A bug: the traceback goes to the log, and the launcher need not wait for its deadline.
-        reports.error(f"internal error in the memory server: {type(error).__name__}: {error}")
+        reports.error(f"internal error in the memory server: {type(error).__name__}: {error}", internal=True)
         log.exception("the memory server failed")
         end_job(INTERNAL_ERROR)
         sys.exit(INTERNAL_ERROR)
@@ -200,6 +200,7 @@ def _run(process: DmsProcess, reports: Reports) -> None:
     faultpoints.arm(ROLE)
     if isinstance(reports, LauncherReports):
         reports.when_gone(process.launcher_gone)
+        Forwarding(reports.warning).start()
     process.run(reports)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -25,6 +26,22 @@ if TYPE_CHECKING:
 CONTROL_SOCKET = "control.sock"
 
 
+class Forwarding(logging.Handler):
+    """Errors of the memory server, as damaged pages are, that the user of a run should see: `say` gets each."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.ERROR)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        self._say(f"memory server: {record.getMessage()}")
+
+    def start(self) -> None:
+        """From now on, in this process."""
+        logging.getLogger("edm.dms.server").addHandler(self)
+
+
 class Reports(Protocol):
     """Where readiness and errors go."""
 
@@ -33,8 +50,8 @@ class Reports(Protocol):
     def ready(self, where: str) -> None:
         """Requests are answered now, at `where`."""
 
-    def error(self, message: str, *, mistake: bool = False) -> None:
-        """The DMS cannot run, for the reason on this one line; mistake: it is the user's."""
+    def error(self, message: str, *, mistake: bool = False, internal: bool = False) -> None:
+        """The DMS cannot run, for the reason on this one line; mistake: it is the user's; internal: it is ours."""
 
     def stopping(self) -> None:
         """The DMS drains and ends."""
@@ -57,9 +74,13 @@ class LauncherReports:
         """See `Reports`."""
         self._send({"event": "ready", "where": where})
 
-    def error(self, message: str, *, mistake: bool = False) -> None:
+    def error(self, message: str, *, mistake: bool = False, internal: bool = False) -> None:
         """See `Reports`."""
-        self._send({"event": "error", "message": message, "mistake": mistake})
+        self._send({"event": "error", "message": message, "mistake": mistake, "internal": internal})
+
+    def warning(self, message: str) -> None:
+        """Say one line to the user, who goes on."""
+        self._send({"event": "warning", "message": message})
 
     def stopping(self) -> None:
         """The launcher has asked for it, or is gone: nothing to tell."""
@@ -99,7 +120,7 @@ class ServiceReports:
         if not told and not under_mpi():
             print(f"edm: dms ready at {where}", flush=True)
 
-    def error(self, message: str, *, mistake: bool = False) -> None:  # noqa: ARG002
+    def error(self, message: str, *, mistake: bool = False, internal: bool = False) -> None:  # noqa: ARG002
         """See `Reports`."""
         notify(f"STATUS={message}")
         print(f"edm: {message}", file=sys.stderr, flush=True)

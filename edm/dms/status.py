@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from edm.errors import UsageError
+from edm.peers import peer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,8 @@ class StatusSocket:
             except OSError:
                 return
             with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
+                if not peer_of(connection).trusted:
+                    continue
                 connection.settimeout(TIMEOUT_S)
                 connection.sendall(json.dumps(self._status(), default=str).encode())
 
@@ -72,6 +75,17 @@ def ask_status(run_dir: Path) -> dict[str, Any]:
             raise UsageError(f"the DMS in {run_dir} does not answer: {error}") from error
     status: dict[str, Any] = json.loads(answer)
     return status
+
+
+def listening_pid(run_dir: Path) -> int:
+    """The DMS that runs in `run_dir`, 0 if there is none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            with _within(run_dir / NAME) as address:
+                connection.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return 0
+        return peer_of(connection).pid
 
 
 @contextlib.contextmanager

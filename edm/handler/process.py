@@ -13,7 +13,6 @@ import queue
 import shutil
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -27,13 +26,15 @@ from edm._native import lib
 from edm.config import Config
 from edm.engine import IDLE_BITS
 from edm.errors import EdmError, NativeError, PeerLost, PluginBroken, TransportError, UsageError
+from edm.handler.inheritance import inherited, leave
 from edm.handler.tracing import Recorder
 from edm.handler.uncaptured import Uncaptured
 from edm.handler.workers import Workers
 from edm.interfaces import TakesPolicy
 from edm.ops import POLICY, POLICY_BYTES, address_of
+from edm.peers import peer_of
 from edm.registry import Registry
-from edm.types import INHERITANCE_FILE, Inheritance, RunContext
+from edm.types import Inheritance, RunContext
 
 if TYPE_CHECKING:
     from edm.interfaces import FaultSource, PageServer, Transport
@@ -52,8 +53,10 @@ class Launcher:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(str(path))
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        self.pid: int = struct.unpack("3i", credentials)[0]
+        peer = peer_of(self._socket)
+        if not peer.trusted:
+            raise EdmError(f"{path} is user {peer.uid}'s")
+        self.pid = peer.pid
         self.commands: queue.Queue[str] = queue.Queue()
         self._lock = threading.Lock()
         self.gone = False
@@ -82,9 +85,12 @@ class Launcher:
         self.commands.put("launcher gone")
 
 
-def start_holder(launcher_pid: int) -> int:
-    """Start the process that keeps every uffd when this one dies; returns its pid. Before any thread is started."""
-    pid: int = lib.edm_holder_start(launcher_pid)
+def start_holder(launcher_pid: int, *, waits: bool = False) -> int:
+    """Start the process that keeps every uffd when this one dies; returns its pid. Before any thread is started.
+
+    waits: when the launcher has died too it keeps the programs waiting, and does not end them.
+    """
+    pid: int = lib.edm_holder_start(launcher_pid, waits)
     if pid < 0:
         raise NativeError(-pid, "starting the holder")
     return pid
@@ -93,30 +99,42 @@ def start_holder(launcher_pid: int) -> int:
 class Holder:
     """The process that keeps this one's descriptors, watched: without it our own death would be the programs' end."""
 
-    def __init__(self, launcher: Launcher) -> None:
+    def __init__(self, launcher: Launcher, run_dir: Path, *, waits: bool) -> None:
         self._launcher = launcher
+        self._run_dir = run_dir
+        self._waits = waits
         self._source: Any = None
-        self.pid = start_holder(launcher.pid)
+        self._instances: tuple[int, ...] = ()
+        self.pid = start_holder(launcher.pid, waits=waits)
 
-    def serve(self, source: FaultSource) -> dict[str, int]:
-        """Have it keep what `source` is to go on from; what the launcher must know of that."""
+    def serve(self, source: FaultSource, inheritance: Inheritance | None) -> None:
+        """Have it keep what `source` is to go on from, and tell the launcher."""
         self._source = source if hasattr(source, "held_by") else None
-        return self._facts()
+        self._instances = inheritance.instances if inheritance else ()
+        self._tell()
+
+    def known_as(self, instances: tuple[int, ...]) -> None:
+        """Note this DM-Handler's numbers at the memory servers: from now on another can take over."""
+        if instances != self._instances:
+            self._instances = instances
+            self._tell()
 
     def watch(self) -> None:
         """Start another where it has ended, and say so."""
         if self.pid and os.waitpid(self.pid, os.WNOHANG)[0]:
-            self.pid = start_holder(self._launcher.pid)
-            self._launcher.say("holder", **self._facts())
+            self.pid = start_holder(self._launcher.pid, waits=self._waits)
+            self._tell()
 
     def end(self) -> None:
         """End it, once no program needs it."""
         pid, self.pid = self.pid, 0
         end_holder(pid)
 
-    def _facts(self) -> dict[str, int]:
+    def _tell(self) -> None:
         segment = self._source.held_by(self.pid) if self._source is not None else -1
-        return {"holder": self.pid, "segment": segment}
+        if segment >= 0 and self._instances:
+            leave(self._run_dir, Inheritance(self.pid, segment, self._instances))
+        self._launcher.say("holder", holder=self.pid, segment=segment)
 
 
 def end_holder(pid: int) -> None:
@@ -146,13 +164,14 @@ class DmHandler:
         # Programs that wait come first: their descriptors are ours before anything else is tried, and the stores are
         # free when the former holder, which keeps their locks too, is gone.
         self.source: FaultSource = self._open_source(registry, context)
-        self.holder = Holder(launcher)
-        launcher.say("holder", **self.holder.serve(self.source))
+        self.holder = Holder(launcher, run_dir, waits=config.on_death == "wait")
+        self.holder.serve(self.source, inheritance)
         if inheritance is not None:
             self.source.release()  # type: ignore[attr-defined]
         self._transport = self._open_transport(registry, context)
         self._control = self._transport.connect()
         self.instances = self._greet(inheritance)
+        self.holder.known_as(self.instances)
         self._tracing = Recorder(self.source, config.trace) if config.trace is not None else None
         self._policy = self._choose_policy(registry)
         if hasattr(self.source, "admit_below"):
@@ -210,7 +229,9 @@ class DmHandler:
         if not spec.embedded:
             return spec.open(options, context)
         from edm.dms.process import open_server  # noqa: PLC0415 (only an embedded DMS needs the stores here)
+        from edm.dms.reports import Forwarding  # noqa: PLC0415
 
+        Forwarding(lambda text: self._launcher.say("warning", message=text)).start()
         self._server = open_server(self._config, context, registry)
         return spec.open(options, context, self._server)
 
@@ -303,18 +324,14 @@ def run(run_dir: Path) -> int:
         return _leave(launcher)
     except Exception as error:
         log.exception("the DM-Handler failed")
-        launcher.say("error", message=f"internal error: {type(error).__name__}: {error}")
-        return _leave(launcher)
+        # As if it had been killed here: another takes over.
+        launcher.say("error", message=f"internal error in the DM-Handler: {_named(error)}", internal=True)
+        return 1
     return 0
 
 
-def inherited(run_dir: Path) -> Inheritance | None:
-    """What the launcher says a DM-Handler has left that died; None at the start of a run."""
-    try:
-        left = json.loads((run_dir / INHERITANCE_FILE).read_text())
-    except FileNotFoundError:
-        return None
-    return Inheritance(int(left["holder"]), int(left["segment"]), tuple(map(int, left["instances"])))
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def remove_run(run_dir: Path) -> None:

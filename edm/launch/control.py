@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from edm.peers import peer_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -36,13 +38,13 @@ class Control:
         self._listener.listen()
         threading.Thread(target=self._accept, name="edm-control", daemon=True).start()
 
-    def send(self, role: str, command: str) -> bool:
+    def send(self, role: str, command: str, **details: str) -> bool:
         """Send a command to a process; False if it is not there."""
         peer = self._peers.get(role)
         if peer is None:
             return False
         try:
-            peer.sendall(json.dumps({"command": command}).encode() + b"\n")
+            peer.sendall(json.dumps({"command": command, **details}).encode() + b"\n")
         except OSError:
             return False
         return True
@@ -62,6 +64,9 @@ class Control:
                 peer, _ = self._listener.accept()
             except OSError:
                 return
+            if not peer_of(peer).trusted:
+                peer.close()
+                continue
             threading.Thread(target=self._read, args=(peer,), name="edm-control-peer", daemon=True).start()
 
     def _read(self, peer: socket.socket) -> None:

@@ -1,21 +1,16 @@
-"""After the death of a DM-Handler or memory server: whether another may be started, and what it is left."""
+"""After the death of a DM-Handler or memory server: whether another may be started."""
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
 import time
 from typing import TYPE_CHECKING, Final
 
-from edm.types import INHERITANCE_FILE
-
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Sequence
-
-    from edm.launch.rundir import RunDir
 
 WINDOW_S: Final = 60.0
 REST_S: Final = 2.0
@@ -30,19 +25,17 @@ def roles_of(command: Sequence[str]) -> list[str]:
 
 
 class Revival:
-    """Counts deaths, watches the holder, and writes down what it keeps.
+    """Counts deaths, and watches the holder.
 
     instances: the DM-Handler's numbers at the memory servers. started: what has been started again, by the number of
     its command. why_not: why `begin` said no.
     """
 
-    def __init__(self, run_dir: RunDir, most: int) -> None:
-        self._file = run_dir.sockets / INHERITANCE_FILE
+    def __init__(self, most: int) -> None:
         self._most = most
         self._deaths: list[float] = []
         self._began: float | None = None
         self._bereaved_at: float | None = None
-        self._holder = 0
         self._holder_fd = -1
         self._segment = -1
         self.instances: Sequence[int] = ()
@@ -61,30 +54,37 @@ class Revival:
             self._holder_fd = os.pidfd_open(holder)
         except ProcessLookupError:
             self._holder_fd = -1
-        self._holder, self._segment = holder, segment
-        if self._file.exists():
-            self._write()
+        self._segment = segment
 
-    def begin(self, *, with_handler: bool) -> bool:
-        """Whether what died may be started again. with_handler: a DM-Handler is among it, or goes with it."""
-        if self._began is not None:
-            return True
-        now = time.monotonic()
-        self._deaths = [at for at in self._deaths if now - at < WINDOW_S]
-        if not self._most:
-            return False
-        if len(self._deaths) >= self._most:
-            self.why_not = f"{self._most} deaths within a minute (--restarts)"
-            return False
+    def possible(self, *, with_handler: bool) -> bool:
+        """Whether another could go on. with_handler: a DM-Handler is among what died, or goes with it."""
         if with_handler and (self._segment < 0 or not self.instances):
             return False
         if with_handler and not self._holder_lives():
             self.why_not = "and its holder with it: nothing has the program's pages any more"
             return False
-        self._deaths.append(now)
-        self._began = now
-        self._write()
         return True
+
+    def begin(self, *, with_handler: bool, asked: bool = False) -> bool:
+        """Whether what died may be started again. asked: somebody wants it, however often there was a death."""
+        if self._began is not None:
+            return True
+        now = time.monotonic()
+        self._deaths = [at for at in self._deaths if now - at < WINDOW_S]
+        if not asked and len(self._deaths) >= self._most:
+            self.why_not = f"{self._most} deaths within a minute (--restarts)" if self._most else ""
+            return False
+        if not self.possible(with_handler=with_handler):
+            return False
+        if not asked:
+            self._deaths.append(now)
+        self._began = now
+        return True
+
+    def stop(self) -> None:
+        """What was begun has failed, and is not tried again by itself."""
+        self._began = None
+        self.started.clear()
 
     def again(self) -> bool:
         """What was started has ended before it was ready: whether to try once more."""
@@ -131,10 +131,3 @@ class Revival:
         if self._holder_fd >= 0:
             os.close(self._holder_fd)
         self._holder_fd = -1
-
-    def _write(self) -> None:
-        fresh = self._file.with_suffix(".new")
-        fresh.write_text(
-            json.dumps({"holder": self._holder, "segment": self._segment, "instances": list(self.instances)})
-        )
-        fresh.replace(self._file)

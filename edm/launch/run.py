@@ -88,13 +88,15 @@ def _run_checked(config: Config, command: tuple[str, ...], wishes: Wishes) -> in
     for text in warnings:
         print(f"edm: warning: {text}", file=sys.stderr, flush=True)
     under_mpi = config.transport == "mpi" and _is_mpi_rank()
+    if under_mpi and config.on_death == "wait":
+        raise UsageError("--on-death wait: nobody can start a rank of a job again that was started by hand")
     run_dir = make_run_dir(config)
     try:
         config = attrs.evolve(config, path=run_dir.files)
         config.write(run_dir.sockets / "config.json")
         if under_mpi:
             return _run_as_rank(config, run_dir, str(program), command, wishes, user)
-        return _run_session(config, run_dir, str(program), command, wishes, _plan(config, registry, run_dir), user)
+        return _run_session(config, run_dir, str(program), command, wishes, make_plan(config, registry, run_dir), user)
     finally:
         if config.keep and run_dir.files.exists():
             run_dir.keep()
@@ -119,7 +121,8 @@ def _say_limit(config: Config, wishes: Wishes) -> None:
         print(f"edm: local memory: {format_size(budget)} of {limit}", file=sys.stderr)
 
 
-def _plan(config: Config, registry: Registry, run_dir: RunDir) -> LaunchPlan:
+def make_plan(config: Config, registry: Registry, run_dir: RunDir) -> LaunchPlan:
+    """The processes that the chosen transport needs."""
     spec = registry.transport(config.transport)
     python = (sys.executable, "-m")
     return spec.plan(
@@ -129,7 +132,7 @@ def _plan(config: Config, registry: Registry, run_dir: RunDir) -> LaunchPlan:
     )
 
 
-def _roles(plan: LaunchPlan | None) -> list[str]:
+def planned_roles(plan: LaunchPlan | None) -> list[str]:
     """Whose readiness the launcher waits for: the processes it starts itself."""
     if plan is None:
         return ["dm-handler"]
@@ -148,7 +151,7 @@ def _run_session(
 ) -> int:
     """plan: the processes to start; None where this is the child of one that is already there."""
     began = time.monotonic()
-    session = Session(config, run_dir, _roles(plan))
+    session = Session(config, run_dir, planned_roles(plan))
     if listening >= 0:
         os.close(listening)
     try:

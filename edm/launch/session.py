@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from edm.errors import EdmError, UsageError
+from edm.launch import processes
 from edm.launch.control import Control, Event
-from edm.launch.program import KEPT, Ending, Program, block_signals
+from edm.launch.program import Ending, Program, block_signals
 from edm.launch.revival import Revival, roles_of
 from edm.launch.signals import wait_signal
 from edm.launch.strays import Strays
@@ -73,7 +73,11 @@ class Session:
         self._control = Control(run_dir.sockets / "control.sock")
         self._plan: LaunchPlan | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._revival = Revival(run_dir, config.restarts)
+        self._revival = Revival(config.restarts)
+        # Roles that died, are not started again, and that the program waits for; who has asked for them meanwhile.
+        self._left: set[str] = set()
+        self._adopters: list[str] = []
+        self._program_pid = 0
         self._additions: Mapping[str, str] = {}
         self._alive: dict[str, tuple[int, int]] = {}
         self._finished = self._finishing = False
@@ -96,18 +100,7 @@ class Session:
 
     def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         assert self._plan is not None
-        with self._run_dir.log("edm").open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self._plan.environment},
-                start_new_session=True,  # a terminal's keys are for the program
-                preexec_fn=_unblock_signals,  # noqa: PLW1509 (one async-signal-safe call)
-            )
-        KEPT.add(process.pid)
-        return process
+        return processes.start(command, self._run_dir.log("edm"), self._plan.environment)
 
     def wait_ready(self) -> None:
         """Wait until every role has reported ready; raises `RunFailed`, or `UsageError` for a user's mistake."""
@@ -133,18 +126,19 @@ class Session:
     ) -> Outcome:
         """Run the program to its end, as `user` if one is given. `tick` is called ten times a second."""
         program = Program(path, list(command), self._environment(), self._mask, user)
+        self._program_pid = program.pid
         strays = Strays(program.pid)
         peak = 0
         ending = None
         while ending is None:
             ending = program.wait(TICK_S)
             self._take_events(0)
-            peak = max(peak, resident_bytes(program.pid))
+            peak = max(peak, processes.resident_bytes(program.pid))
             if self._failure and ending is None:
                 self.end_programs([program.pid])
                 program.wait(END_S)
                 raise RunFailed(self._failure)
-            if self._captured_now is not None and self._capturing and not self._revival.under_way:
+            if self._captured_now is not None and self._capturing and not self._revival.under_way and not self._left:
                 for text in strays.look(self._captured_now):
                     self._warn(text)
             tick(self)
@@ -195,13 +189,23 @@ class Session:
                 self._warn(details["message"])
             case "pids":
                 self._pids = details["pids"]
-            case "error" if details.get("lost") and self._plan is not None and "dms" in self._alive:
-                self._gone("dms", self._alive["dms"][0])  # another comes, and another DM-Handler with it
             case "error":
-                self._failure = self._failure or str(details["message"])
-                self._mistake = bool(details.get("mistake"))
+                self._take_error(str(details["message"]), details)
+            case "adopt":
+                self._adopt(event.role)
             case "gone":
                 self._gone(event.role, int(details["pid"]))
+
+    def _take_error(self, message: str, details: Mapping[str, Any]) -> None:
+        if details.get("lost") and self._plan is not None and "dms" in self._alive:
+            self._gone("dms", self._alive["dms"][0])  # another comes, and another DM-Handler with it
+        elif details.get("internal") and self._ready_once and self._plan is not None:
+            self._warn_each(message)  # its end comes next, and is like any other
+        elif self._revival.under_way and self._waits:
+            self._leave_waiting(message)
+        else:
+            self._failure = self._failure or message
+            self._mistake = bool(details.get("mistake"))
 
     def _ready(self, role: str, details: Mapping[str, Any]) -> None:
         self._waiting_for.discard(role)
@@ -210,6 +214,7 @@ class Session:
         self._revival.instances = details.get("instances", self._revival.instances)
         if not self._waiting_for and self._revival.done():
             self._warn_each(f"the {TITLES[role]} is there again; the program goes on")
+            self._answer_adopters("served")
         if self._finishing and role == "dm-handler":
             self._control.send("dm-handler", "finish")  # the one that was told has died of it
 
@@ -220,6 +225,8 @@ class Session:
             os.close(self._alive.pop(role)[1])
         elif role not in self._waiting_for or self._revival.under_way:
             return
+        if role in self._left:
+            return
         if self._finished or role not in self._needed():
             return
         why = f"the {TITLES[role]} has died"
@@ -229,11 +236,55 @@ class Session:
         together = {
             other for command in self._plan.commands if role in roles_of(command) for other in roles_of(command)
         }
-        if not self._ready_once or not self._revival.begin(with_handler="dm-handler" in together):
+        with_handler = "dm-handler" in together
+        if self._ready_once and self._revival.begin(with_handler=with_handler):
+            self._waiting_for.add(role)
+            self._warn_each(f"{why}; starting another, the program waits meanwhile")
+        elif self._ready_once and self._waits and self._revival.possible(with_handler=with_handler):
+            self._waiting_for |= together
+            self._leave_waiting(f"{why}: {self._revival.why_not or self._log_tail()}")
+        else:
             self._failure = self._failure or f"{why}: {self._revival.why_not or self._log_tail()}"
-            return
-        self._waiting_for.add(role)
-        self._warn_each(f"{why}; starting another, the program waits meanwhile")
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the program waits for what is not started again, and is not ended."""
+        return self._config.on_death == "wait" and not self._finishing
+
+    def _leave_waiting(self, why: str) -> None:
+        """Start nothing again before somebody asks for it."""
+        self._left |= self._waiting_for
+        self._waiting_for.clear()
+        self._revival.stop()
+        self._warn_each(f"{why}; the program waits: 'edm adopt {self._program_pid}' starts another")
+        self._answer_adopters("failed", message=why)
+
+    def _adopt(self, adopter: str) -> None:
+        """Somebody asks for what was not started again."""
+        with_handler = "dm-handler" in self._left
+        if self._revival.under_way:
+            self._adopters.append(adopter)
+            self._control.send(adopter, "starting")
+        elif not self._left:
+            self._control.send(adopter, "nothing has died")
+        elif not self._revival.begin(with_handler=with_handler, asked=True):
+            self._control.send(adopter, "failed", message=self._revival.why_not)
+        else:
+            self._adopters.append(adopter)
+            self._waiting_for, self._left = self._left, set()
+            self._control.send(adopter, "starting")
+
+    def _answer_adopters(self, answer: str, **details: str) -> None:
+        for adopter in self._adopters:
+            self._control.send(adopter, answer, **details)
+        self._adopters.clear()
+
+    def _give_up(self, why: str) -> None:
+        """What died could not be started again."""
+        if self._waits:
+            self._leave_waiting(why)
+        else:
+            self._failure = why
 
     def _revive(self) -> None:
         """Start again what died, once the rest of what was started with it has ended too."""
@@ -246,14 +297,16 @@ class Session:
             if process.poll() is None:
                 # Started and not ready yet; or an MPI job of which a rank has died, and which ends in a moment.
                 if self._revival.started.get(number) is not process and self._revival.overdue():
-                    _send_group(process.pid, signal.SIGKILL)
+                    processes.send_group(process.pid, signal.SIGKILL)
                 if self._revival.late():
-                    self._failure = f"no sign of the {' and '.join(sorted(self._waiting_for))} after {READY_S:.0f} s"
+                    processes.send_group(process.pid, signal.SIGKILL)
+                    self._give_up(f"no sign of the {' and '.join(sorted(self._waiting_for))} after {READY_S:.0f} s")
+                    return
                 continue
             if self._revival.bereaved():
                 continue  # perhaps its last word, which names another holder, is on its way
             if self._revival.started.get(number) is process and not self._revival.again():
-                self._failure = f"what died could not be started again: {self._log_tail()}"
+                self._give_up(f"what died could not be started again: {self._log_tail()}")
                 return
             for role in roles & set(self._alive):
                 os.close(self._alive.pop(role)[1])
@@ -288,7 +341,7 @@ class Session:
                 return
             if asked:
                 for pid in pids:
-                    _send(pid, signal.SIGTERM if time.monotonic() - since < END_S / 4 else signal.SIGKILL)
+                    processes.send(pid, signal.SIGTERM if time.monotonic() - since < END_S / 4 else signal.SIGKILL)
             elif time.monotonic() - since > 1 and not said:
                 said = True
                 print(
@@ -299,7 +352,7 @@ class Session:
             info = wait_signal((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD), TICK_S)
             if info is not None and info.si_signo != signal.SIGCHLD:
                 asked, since = True, time.monotonic()
-            _reap()
+            processes.reap()
             if self._failure:
                 self.end_programs([])
                 return
@@ -308,7 +361,8 @@ class Session:
         self._pids = None
         self._wait_revived()
         end = time.monotonic() + END_S
-        if not self._control.send("dm-handler", "pids"):
+        if self._left or not self._control.send("dm-handler", "pids"):
+            self._take_events(0)
             return []
         while self._pids is None and not self._failure and time.monotonic() < end:
             self._take_events(TICK_S)
@@ -317,6 +371,8 @@ class Session:
     def finish(self) -> None:
         """Ask the DM-Handler to finish and wait for every process; raises `RunFailed`."""
         self._wait_revived()
+        if self._left:
+            return  # nobody is there to be asked, and no program to need them: `close` ends what is left
         self._finishing = True
         self._control.send("dm-handler", "finish")
         end = time.monotonic() + 2 * END_S
@@ -339,87 +395,29 @@ class Session:
     def end_programs(self, pids: Sequence[int]) -> None:
         """Kill every captured process: without their pages they must not go on."""
         for pid in {*pids, *self._captured_last()}:
-            _send(pid, signal.SIGKILL)
+            processes.send(pid, signal.SIGKILL)
 
     def _captured_last(self) -> list[int]:
         """Every process below us that carries our library, found without the DM-Handler's help."""
         socket = self._additions.get("EDM_INTERNAL_SOCK", "")
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if socket and f"EDM_INTERNAL_SOCK={socket}\0".encode() in (entry / "environ").read_bytes() + b"\0":
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # it has just ended, or is not ours
-        return found
+        return processes.carrying(f"EDM_INTERNAL_SOCK={socket}") if socket else []
 
-    def close(self) -> None:
-        """Leave no process behind, whatever happened."""
-        if not self._finished:
+    def close(self, *, programs_too: bool = True) -> None:
+        """Leave no process behind, whatever happened; but the programs and their holder if not `programs_too`."""
+        if not self._finished and programs_too:
             self.end_programs([])
+        self.leave()
+        if not self._finished and programs_too:
+            self._revival.end_holder()
+        processes.end(self._processes, 5.0 if self._finished else 0.5)
+        processes.reap()
+
+    def leave(self) -> None:
+        """Leave all to itself: it ends when the programs have ended."""
         self._control.close()
         for _, pidfd in self._alive.values():
             os.close(pidfd)
         self._alive.clear()
-        if not self._finished:
-            self._revival.end_holder()
-        for process in self._processes:
-            try:
-                process.wait(5.0 if self._finished else 0.5)
-                continue
-            except subprocess.TimeoutExpired:
-                _send_group(process.pid, signal.SIGTERM)
-            try:
-                process.wait(5.0)
-            except subprocess.TimeoutExpired:
-                _send_group(process.pid, signal.SIGKILL)
-                process.wait()
-        _reap()
 
     def _log_tail(self) -> str:
-        try:
-            lines = self._run_dir.log("edm").read_text(errors="replace").strip().splitlines()
-        except OSError:
-            lines = []
-        return lines[-1] if lines else "nothing in its log"
-
-
-def resident_bytes(pid: int) -> int:
-    """Anonymous resident memory of a process, 0 when it has gone. Source: proc_pid_status(5), RssAnon."""
-    try:
-        with Path(f"/proc/{pid}/status").open() as file:
-            for line in file:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return 0
-    return 0
-
-
-def _unblock_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _send(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _send_group(pid: int, number: int) -> None:
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _reap() -> None:
-    while True:
-        try:
-            info: Any = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return
-        if info is None or info.si_pid == 0 or info.si_pid in KEPT:
-            return
-        os.waitpid(info.si_pid, os.WNOHANG)
+        return processes.last_line(self._run_dir.log("edm"))

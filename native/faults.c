@@ -294,8 +294,19 @@ static void unfetch(struct edm_engine *g, struct lspt_entry *e, const struct fet
         g->count.remote++;
 }
 
-static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct lspt_entry *e, uint16_t status) {
+static void say_lost(struct edm_engine *g, const struct fetch_slot *fs, const struct edm_page_ref *ref, uint32_t sum) {
+    static const char *const why[] = {"the memory server has nothing of it", "what came is not what was evicted",
+                                      "the memory server cannot read it", "the memory server did not answer in time"};
+    engine_error(g, "page %#lx of region %#lx is lost: %s (evicted: version %lu, CRC-32C %08x; came: %lu, %08x)",
+                 (unsigned long)fs->page, (unsigned long)fs->space->region, why[ref->status < 4 ? ref->status : 2],
+                 (unsigned long)fs->version, fs->version ? fs->checksum : ref->checksum, (unsigned long)ref->version,
+                 sum);
+}
+
+static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct lspt_entry *e,
+                          const struct edm_page_ref *ref, const uint8_t *data) {
     struct space *s = fs->space;
+    uint16_t status = ref->status;
     g->count.stale++;
     unfetch(g, e, fs);
     if (fs->flags & FAULT_AHEAD)
@@ -309,8 +320,7 @@ static void fetched_wrong(struct edm_engine *g, struct fetch_slot *fs, struct ls
     g->count.lost++;
     traced(g, s, fs->page, EDM_TRACE_DONE, EDM_TRACE_LOST);
     traced(g, s, fs->page, EDM_TRACE_LISTED, 0);
-    engine_error(g, "page %#lx of region %#lx is lost: the memory server answered status %d", (unsigned long)fs->page,
-                 (unsigned long)s->region, status);
+    say_lost(g, fs, ref, status == 1 ? edm_crc32c(data, PAGE_SIZE_) : 0);
     int r = s->ops->poison(s, fs->page);
     s->lost += r == 0;
     if (r && r != -EEXIST)
@@ -347,7 +357,7 @@ static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct ed
         return;
     }
     if (!existing) {
-        fetched_wrong(g, fs, e, ref->status);
+        fetched_wrong(g, fs, e, ref, data);
         return;
     }
     bool protect = fs->protect;

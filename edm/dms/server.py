@@ -18,8 +18,8 @@ import numpy as np
 
 from edm._native import ffi, lib
 from edm.dms.control import Control
-from edm.dms.table import NO_SLOTS, PageTable, refs_at, words_at
-from edm.errors import StoreError, StoreFull
+from edm.dms.table import NO_SLOTS, PageTable, page_checksums, refs_at, words_at
+from edm.errors import Corrupt, StoreError, StoreFull
 from edm.faultpoints import reached
 from edm.ops import PAGE_STORE, SERVER, address_of, capsule
 from edm.types import MAX_BATCH_PAGES, PAGE_BYTES, EvictStatus, GetStatus, PageId
@@ -176,11 +176,20 @@ class MemoryServer:
         self.counters.errors += errors
 
     def _read(self, ref: PageRefs, slot: Slots, page: memoryview) -> str:
+        """Read one page; why it is not the one that was stored, with both checksums, or ""."""
+        page[:] = bytes(PAGE_BYTES)
+        stored = int(ref["checksum"][0])
         try:
             self.pages.get(slot, page)
+        except Corrupt as error:
+            return f"{error}{_sums(page, stored) if any(page) else ''}"
         except (StoreError, OSError) as error:
             return str(error)
-        return "" if lib.edm_spt_check(refs_at(ref), ffi.from_buffer(page), 1) else "not the page that was stored"
+        if lib.edm_spt_check(refs_at(ref), ffi.from_buffer(page), 1):
+            return ""
+        where = getattr(self.pages, "where", None)
+        place = where(int(slot[0])) if where else "the page store"
+        return f"{place}: not the page that was stored{_sums(page, stored)}"
 
     def _answer_by_lookup(self, refs: PageRefs, slots: Slots) -> int:
         rows = self.spt.lookup(refs)
@@ -256,7 +265,11 @@ class MemoryServer:
         if not len(refused):
             return ""
         first = int(refused[0])
-        return f"page {_name(refs, first)}: {_REFUSALS[int(verdicts[first])]}"
+        sums = ""
+        if verdicts[first] == lib.EDM_SCREEN_CHECKSUM:
+            page = memoryview(pages)[first * PAGE_BYTES : (first + 1) * PAGE_BYTES]
+            sums = _sums(page, int(refs["checksum"][first]))
+        return f"page {_name(refs, first)}: {_REFUSALS[int(verdicts[first])]}{sums}"
 
     def _store(self, refs: PageRefs, pages: memoryview) -> None:
         checksums = np.ascontiguousarray(refs["checksum"])
@@ -394,6 +407,11 @@ class MemoryServer:
 
 def _key(refs: PageRefs, at: int) -> tuple[int, int]:
     return int(refs["region"][at]), int(refs["index"][at])
+
+
+def _sums(page: memoryview, right: int) -> str:
+    """What a mismatch is, for a person."""
+    return f" (CRC-32C {int(page_checksums(page)[0]):08x}, not {right:08x})"
 
 
 def _name(refs: PageRefs, at: int) -> PageId:

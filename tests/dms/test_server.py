@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from edm.dms.server import MemoryServer
+from edm.dms.table import page_checksums
 from edm.errors import StoreError, StoreFull
 from edm.plugins.store_memory.pages import MemoryPages
 from edm.plugins.store_memory.spt import MemorySpt
 from edm.testing.pages import batch_of
 from edm.testing.stores import open_store
-from edm.types import PAGE_BYTES, EvictStatus, GetStatus
+from edm.types import PAGE_BYTES, EvictStatus, GetStatus, PageId
 
 
 @pytest.fixture
@@ -222,8 +223,6 @@ def test_every_combination_works_and_what_is_durable_lasts(spt, pages, compress,
     batch = bytearray(np.random.default_rng(1).bytes(20 * PAGE_BYTES)) + bytearray(20 * PAGE_BYTES)
     refs, text = batch_of(region, range(60), 1)
     batch += text[40 * PAGE_BYTES :]
-    from edm.dms.table import page_checksums
-
     refs["checksum"] = page_checksums(batch)
     assert server.evict(instance, refs, memoryview(batch)) == ""
     assert server.control(instance, {"op": "clone_region", "region": region, "into": region + 1, "sequence": 1})["ok"]
@@ -257,3 +256,41 @@ def test_closing_twice_and_flushing(server, instance):
     assert server.control(instance, {"op": "bye"}) == {"ok": True}
     server.close()
     server.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_page_is_an_error_that_says_page_place_and_both_checksums(name, tmp_path, caplog):
+    pages = open_store("page_store", name, tmp_path, {} if name == "memory" else {"sync": "none"})
+    server = MemoryServer(MemorySpt(), pages)
+    instance = server.control(0, {"op": "hello"})["instance"]
+    refs, batch = batch_of(instance << 32, range(20), 1)
+    assert server.evict(instance, refs, memoryview(batch)) == ""
+    right = bytes(batch[7 * PAGE_BYTES : 8 * PAGE_BYTES])
+    wrong = right[:100] + bytes([right[100] ^ 4]) + right[101:]
+    if name == "memory":
+        place = "memory store"
+        (rows,) = [slab.pages for slab in pages._slabs.values() if (slab.pages == np.frombuffer(right, np.uint8)).any()]
+        rows[(rows == np.frombuffer(right, np.uint8)).all(axis=1)] = np.frombuffer(wrong, np.uint8)
+    else:
+        (file,) = [path for path in tmp_path.rglob("*") if path.is_file() and right[:2000] in path.read_bytes()]
+        place = str(file if name == "file" else file.parent)
+        with file.open("r+b") as damaged:
+            damaged.seek(file.read_bytes().index(right[:2000]) + 100)
+            damaged.write(wrong[100:101])
+    refs, into = get(server, instance, instance << 32, range(20))
+    assert refs["status"].tolist() == [GetStatus.ERROR if i == 7 else GetStatus.EXISTING_PAGE for i in range(20)]
+    assert not any(into[7 * PAGE_BYTES : 8 * PAGE_BYTES])
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "edm.dms.server"]
+    assert said.startswith(f"page {PageId(instance << 32, 7)}: ")
+    assert place in said
+    sums = [f"{page_checksums(data)[0]:08x}" for data in (wrong, right)]
+    assert said.endswith("its checksum does not match (CRC-32C {}, not {})".format(*sums))
+    server.close()
+
+
+def test_page_that_was_damaged_on_its_way_is_refused_with_both_checksums(server, instance):
+    refs, pages = batch_of(instance << 32, range(3), 1)
+    pages[PAGE_BYTES] ^= 1
+    came = page_checksums(pages[PAGE_BYTES : 2 * PAGE_BYTES])[0]
+    said = server.evict(instance, refs, memoryview(pages))
+    assert said.endswith(f"damaged on the way (CRC-32C {came:08x}, not {refs['checksum'][1]:08x})")

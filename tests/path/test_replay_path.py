@@ -1,16 +1,18 @@
 """A trace goes the whole path, unprivileged and in well under a second, and every read finds what was written."""
 
+import re
 import time
 
 import attrs
 import numpy as np
 import pytest
 
+from edm.dms.table import page_checksums
 from edm.errors import EdmError, NativeError
 from edm.plugins.source_replay import ReplayOptions
 from edm.plugins.source_replay.program import ReplayProgram
 from edm.plugins.source_replay.source import ReplaySource
-from edm.types import EvictStatus, GetStatus
+from edm.types import PAGE_BYTES, EvictStatus, GetStatus
 
 
 @pytest.mark.parametrize("pattern", ["random", "sequential", "hot"])
@@ -94,7 +96,9 @@ def test_wrong_bytes_become_a_bus_error_never_data(engine_path, settings):
         with pytest.raises(NativeError, match="Bad address"):
             program.read(0)
         assert path.source.counters()["lost"] == 1
-        assert "lost" in path.source.error()
+        sums = re.search(r"CRC-32C ([0-9a-f]{8}); came: \d+, ([0-9a-f]{8})\)$", path.source.error())
+        assert sums, path.source.error()
+        assert sums[1] != sums[2] == f"{page_checksums(bytes(PAGE_BYTES))[0]:08x}"
         program.close()
 
 

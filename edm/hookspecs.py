@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from edm.dms.table import PageTable
     from edm.interfaces import EvictionModel, FaultSource, PageStore, SptStore, Transport
+    from edm.privileges import Capability
     from edm.stores.damage import Damage
     from edm.types import LaunchPlan, RunContext
 
@@ -61,12 +62,14 @@ class TransportSpec(PluginSpec):
 
     open: in the DM-Handler's or DMS's process, by `context.role`. plan: the processes a one-command `edm run` starts,
     from (options, the DMS's argv, the DM-Handler's argv). embedded: the DMS runs inside the DM-Handler, whose process
-    builds the `PageServer` and passes it to `open` as `server`. check: as for fault sources.
+    builds the `PageServer` and passes it to `open` as `server`. check: as for fault sources. capabilities: those of
+    root's that the transport works with; EDM's processes give the others up before `open`.
     """
 
     open: Callable[..., Transport]
     plan: Callable[[Any, tuple[str, ...], tuple[str, ...]], LaunchPlan]
     embedded: bool = False
+    capabilities: tuple[Capability, ...] = ()
     check: Callable[[Any], Iterable[str] | None] = lambda _options: None
 
 

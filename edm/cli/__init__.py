@@ -32,6 +32,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
+        if cmd_name == "dms":  # as for the processes of a run: see NO_THREADS in edm/launch/processes.py
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         command = importlib.import_module(f"{__name__}.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import setproctitle
 
-from edm import faultpoints
+from edm import faultpoints, privileges
 from edm.config import Config
 from edm.dms.guard import GuardedServer
 from edm.dms.reports import Forwarding, LauncherReports, notify_reloading, open_reports
@@ -89,6 +89,13 @@ class DmsProcess:
             # Leaving the transport may mean waiting for other processes: the stores are safe on disk before that.
             server.close()
             transport.close()
+
+    def give_up_privileges(self, *, launched: bool) -> None:
+        """It needs none but its transport's; before any thread is started. launched: it listens at no port either."""
+        ports = [] if launched else [privileges.Capability.NET_BIND_SERVICE]
+        transport = self._registry.transport(self._config.transport)
+        places = [self._context().store_dir, self._run_dir]
+        privileges.keep_only([*ports, *transport.capabilities], writes_to=places)
 
     def status(self) -> dict[str, Any]:
         """Figures for `edm dms status`: may be asked from any thread."""
@@ -198,6 +205,7 @@ def run(
 def _run(process: DmsProcess, reports: Reports) -> None:
     setproctitle.setproctitle(TITLE)
     faultpoints.arm(ROLE)
+    process.give_up_privileges(launched=reports.launched)
     if isinstance(reports, LauncherReports):
         reports.when_gone(process.launcher_gone)
         Forwarding(reports.warning).start()

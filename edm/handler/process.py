@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import setproctitle
 
-from edm import faultpoints
+from edm import faultpoints, privileges
 from edm._native import lib
 from edm.config import Config
 from edm.engine import IDLE_BITS
@@ -308,9 +308,11 @@ def run(run_dir: Path) -> int:
         signal.signal(number, signal.SIG_IGN)  # a terminal's keys are for the program
     launcher = Launcher(run_dir / "control.sock")
     try:
+        config = Config.read(run_dir / "config.json")
+        give_up_privileges(config)
         launcher.listen()
         faultpoints.arm("dm-handler")
-        handler = DmHandler(Config.read(run_dir / "config.json"), run_dir, launcher, inherited(run_dir))
+        handler = DmHandler(config, run_dir, launcher, inherited(run_dir))
         launcher.say("ready", instances=handler.instances, environment=handler.source.prepare({}))
         handler.serve()
         launcher.say("finished", counters=handler.close(), error="")
@@ -332,6 +334,14 @@ def run(run_dir: Path) -> int:
 
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def give_up_privileges(config: Config) -> None:
+    """Keep what serving programs takes; before any thread is started."""
+    frames = [privileges.FRAMES] if config.record_pfn or Path(os.fsdecode(IDLE_BITS)).exists() else []
+    places = [place for place in (config.path, config.trace and config.trace.parent) if place is not None]
+    transport = Registry().transport(config.transport)
+    privileges.keep_only([*privileges.HANDLER, *frames, *transport.capabilities], writes_to=places)
 
 
 def remove_run(run_dir: Path) -> None:

@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from edm.launch.program import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+
+NO_THREADS: Final = {"OPENBLAS_NUM_THREADS": "1"}
+"""numpy's would start with it, before a process of EDM's gives its privileges up, and keep them."""
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -22,7 +26,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, **environment},
+            env={**os.environ, **NO_THREADS, **environment},
             start_new_session=True,  # a terminal's keys are for the program
             preexec_fn=_unblock_signals,  # noqa: PLW1509 (one async-signal-safe call)
         )

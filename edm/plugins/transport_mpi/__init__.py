@@ -13,6 +13,7 @@ import attrs
 from edm import hookimpl
 from edm.hookspecs import TransportSpec
 from edm.plugins.transport_mpi.launch import check, end_job, join_job, plan, strip_mpi_environment, under_mpi
+from edm.privileges import Capability
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,4 +55,6 @@ def edm_transports() -> Iterable[TransportSpec]:
         open=open_transport,
         plan=plan,
         check=check,
+        # Ranks on one machine read each other's memory; network cards are given memory that may not be swapped.
+        capabilities=(Capability.SYS_PTRACE, Capability.IPC_LOCK),
     )

@@ -256,8 +256,10 @@ class DmHandler:
             if self._launcher.gone and not self.source.counters()["spaces"]:
                 return
             self._look_at_uncaptured()
+            now = time.monotonic()
             self._launcher.say(
                 "counters",
+                at=now,
                 counters=self.source.counters(),
                 error=self._engine_error(),
                 uncaptured=self._uncaptured.peak,

@@ -85,7 +85,7 @@ class Session:
         self._mistake = False
         self.counters: dict[str, int] = {}
         self.uncaptured: dict[str, int] = {}
-        self._captured_now: list[int] | None = None
+        self._captured_now: tuple[list[int], float] | None = None
         self._capturing = config.fault_source == "uffd"
         self.warnings: list[str] = []
         self._pids: list[int] | None = None
@@ -139,7 +139,7 @@ class Session:
                 program.wait(END_S)
                 raise RunFailed(self._failure)
             if self._captured_now is not None and self._capturing and not self._revival.under_way and not self._left:
-                for text in strays.look(self._captured_now):
+                for text in strays.look(*self._captured_now):
                     self._warn(text)
             tick(self)
         self._wait_revived()
@@ -181,7 +181,8 @@ class Session:
             case "counters" | "finished":
                 self.counters = details["counters"]
                 self.uncaptured = details.get("uncaptured", self.uncaptured)
-                self._captured_now = details.get("pids", self._captured_now)
+                if "pids" in details:
+                    self._captured_now = details["pids"], float(details["at"])
                 self._finished |= event.event == "finished"
                 if details.get("error"):
                     self._warn(f"internal: {details['error']}")

@@ -31,8 +31,11 @@ class Strays:
         self._since: dict[tuple[int, str], float] = {}
         self._told: set[str] = set()
 
-    def look(self, captured: Collection[int]) -> list[str]:
-        """Warnings for what is due, mostly none; captured: what the DM-Handler knows."""
+    def look(self, captured: Collection[int], told: float) -> list[str]:
+        """Warnings for what is due, mostly none; captured: what the DM-Handler knew at the monotonic time `told`.
+
+        On a machine that is busy that may be long ago: a process that came later may well be captured by now.
+        """
         now = time.monotonic()
         if now - self._looked < self._every_s:
             return []
@@ -41,7 +44,7 @@ class Strays:
         self._since = {key: self._since.get(key, seen) for key, seen in uncaptured.items()}
         texts = []
         for (pid, file), since in self._since.items():
-            if now - since >= self._after_s and file not in self._told:
+            if told - since >= self._after_s and file not in self._told:
                 self._told.add(file)
                 texts.append(f"process {pid} is not captured, its memory is all local: {_why(file)}")
         return texts

@@ -8,6 +8,10 @@ import pytest
 from edm.launch.strays import Strays
 
 
+NOW = float("inf")
+"""As if the DM-Handler had spoken after all that is looked at was there."""
+
+
 @pytest.fixture
 def tree():
     """A shell with two processes that sleep, and the pids of all three."""
@@ -28,22 +32,31 @@ def name_of(pid):
 
 def test_uncaptured_program_is_warned_of_once_when_it_has_been_there_for_a_while(tree):
     strays = Strays(tree[0], every_s=0, after_s=0.1)
-    assert strays.look(tree[:1]) == []
+    assert strays.look(tree[:1], time.monotonic()) == []
     time.sleep(0.11)
-    (text,) = strays.look(tree[:1])
+    (text,) = strays.look(tree[:1], time.monotonic())
     sleep = Path(f"/proc/{tree[1]}/exe").readlink()
     assert text.startswith(f"process {tree[1]} is not captured, its memory is all local: {sleep} was started without ")
-    assert strays.look(tree[:1]) == []
+    assert strays.look(tree[:1], time.monotonic()) == []
+
+
+def test_what_came_after_the_last_word_of_the_captured_is_not_warned_of(tree):
+    strays = Strays(tree[0], every_s=0, after_s=0.1)
+    told = time.monotonic()
+    assert strays.look(tree[:1], told) == []
+    time.sleep(0.11)
+    assert strays.look(tree[:1], told) == []
+    assert strays.look(tree[:1], time.monotonic()) != []
 
 
 def test_captured_programs_are_no_strays(tree):
     strays = Strays(tree[0], every_s=0, after_s=0)
-    assert strays.look(tree) == strays.look(tree) == []
+    assert strays.look(tree, time.monotonic()) == strays.look(tree, time.monotonic()) == []
 
 
 def test_nobody_is_looked_at_more_often_than_that(tree):
     strays = Strays(tree[0], every_s=60, after_s=0)
-    assert strays.look([]) == strays.look([]) == []
+    assert strays.look([], time.monotonic()) == strays.look([], time.monotonic()) == []
 
 
 def test_why_a_program_cannot_be_captured_is_said(tmp_path):
@@ -54,17 +67,17 @@ def test_why_a_program_cannot_be_captured_is_said(tmp_path):
     while Path(f"/proc/{process.pid}/exe").readlink() != target:
         time.sleep(0.01)
     strays = Strays(process.pid, every_s=0, after_s=0)
-    (text,) = strays.look([])
+    (text,) = strays.look([], NOW)
     process.kill()
     process.wait()
     assert text.endswith("so it cannot be captured")
     assert f"{target} is statically linked" in text
-    assert strays.look([]) == []
+    assert strays.look([], NOW) == []
 
 
 def test_edms_own_are_not_looked_at():
     code = "import setproctitle, sys; setproctitle.setproctitle('edm: x'); print(1, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        assert Strays(process.pid, every_s=0, after_s=0).look([]) == []
+        assert Strays(process.pid, every_s=0, after_s=0).look([], NOW) == []
         process.stdin.close()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(200)]
 
 PAGES, THREADS = 160, 3  # as in programs/fuzzed.c
-CALLS = "wwwwwwwrrrrrddffpqnoaaammmDDeeuuxxkkvvlLb"
+CALLS = "wwwwwwwrrrrrddffpqnoaaammmDDeeuuxxkkvvlLbOORSS"
 BUDGET = ("--transport", "inproc", "--local-memory", "1M", "--write-back", "256K")
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 

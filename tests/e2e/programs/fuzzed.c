@@ -1,8 +1,12 @@
-// Threads that do to address spaces of their own what a script says, ROUNDS times over, against a model of what each
-// page must hold. A line of the script is "THREAD CALL PAGE COUNT TO"; what makes no sense at that moment is left out.
-// Prints one line that is the same wherever its memory is. Exit 1 on a wrong byte, 2 on a call that failed.
+// Threads that do to their pages what a script says, ROUNDS times over, against a model of what each page must hold. A
+// line of the script is "THREAD CALL PAGE COUNT TO"; what makes no sense at that moment is left out. A thread's first
+// OWN pages are an area of its own; the others are stripes that lie between those of the other threads, in mappings
+// that all of them split, move, join and drop at once. The first thread is the main one: its stack is the one the
+// kernel grows. Prints one line that is the same wherever its memory is. Exit 1 on a wrong byte, 2 on a call that
+// failed.
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -16,6 +20,9 @@
 
 #define PAGE 4096ul
 #define PAGES 160
+#define OWN 112
+#define STRIPE 12
+#define DIRECT 8  // pages of one O_DIRECT transfer
 #define THREADS 3
 #define MOST 4096  // lines a thread
 
@@ -35,7 +42,7 @@ struct line {
 };
 
 struct owner {
-    int number, lines, at, pipe[2];
+    int number, lines, at, pipe[2], file;
     char *base;
     uint64_t values, heap_value;
     uint32_t mappings;
@@ -44,8 +51,9 @@ struct owner {
 };
 
 static struct owner owner[THREADS];
+static char *stripes;
 static pthread_barrier_t all_there;
-static int rounds;
+static int rounds, without_direct;
 
 static void stop(int status, const char *format, ...) {
     char text[256];
@@ -63,7 +71,15 @@ static void need(const struct owner *o, int good) {
         stop(2, "thread %d, line %d, call %c: errno %d\n", o->number, o->at, o->line[o->at].call, errno);
 }
 
-static char *at(const struct owner *o, int page) { return o->base + (uint64_t)page * PAGE; }
+static char *at(const struct owner *o, int page) {
+    if (page < OWN)
+        return o->base + (uint64_t)page * PAGE;
+    int stripe = (page - OWN) / STRIPE * THREADS + o->number;
+    return stripes + (uint64_t)(stripe * STRIPE + (page - OWN) % STRIPE) * PAGE;
+}
+
+// Of the addresses that `page` lies in, which are all this thread's, the end.
+static int end_of(int page) { return page < OWN ? OWN : page + STRIPE - (page - OWN) % STRIPE; }
 
 static uint64_t word(uint64_t value, uint64_t k) {
     uint64_t x = (value << 20 ^ k) * 0x9e3779b97f4a7c15ull;
@@ -89,7 +105,7 @@ static void fill(struct owner *o, int page) {
 }
 
 static int all(const struct owner *o, int page, int count, enum access least) {
-    if (page + count > PAGES)
+    if (page + count > end_of(page))
         return 0;
     for (int i = page; i < page + count; i++)
         if (o->p[i].access < least)
@@ -154,7 +170,7 @@ static void protect(struct owner *o, int page, int count, int prot, enum access 
 
 // Moves of one mapping, or a part of it; what is left behind is a hole, or empty with MREMAP_DONTUNMAP.
 static void move(struct owner *o, int page, int count, int to, int dontunmap) {
-    if (to + count > PAGES || (to < page + count && page < to + count) || !one_mapping(o, page, count) ||
+    if (to + count > end_of(to) || (to < page + count && page < to + count) || !one_mapping(o, page, count) ||
         o->p[page].access != WRITE)
         return;
     size_t bytes = (size_t)count * PAGE;
@@ -170,7 +186,7 @@ static void move(struct owner *o, int page, int count, int to, int dontunmap) {
 }
 
 static void resize(struct owner *o, int page, int count, int size) {
-    if (!one_mapping(o, page, count) || o->p[page].access != WRITE || page + size > PAGES || size < 1)
+    if (!one_mapping(o, page, count) || o->p[page].access != WRITE || page + size > end_of(page) || size < 1)
         return;
     for (int i = page + count; i < page + size; i++)
         if (o->p[i].access != HOLE)
@@ -190,18 +206,59 @@ static void unmap(struct owner *o, int page, int count) {
     set(o, page, count, (struct page){0});
 }
 
+static void look(const struct owner *o, int page, int count, const char *how) {
+    for (int i = page; i < page + count; i++)
+        if (o->p[i].access >= READ)
+            check(o, at(o, i), i, how);
+}
+
+// What was read of a page that had been freed was one of the two it could be; where it went it is known which.
+static void copied(struct owner *o, int page, int to) {
+    o->p[to].value = o->p[page].freed && !*(uint64_t *)at(o, to) ? 0 : o->p[page].value;
+    o->p[to].freed = 0;
+}
+
 static void through_a_pipe(struct owner *o, int page, int to) {
     if (!all(o, page, 1, READ) || !all(o, to, 1, WRITE))
         return;
     need(o, write(o->pipe[1], at(o, page), PAGE) == (ssize_t)PAGE);
-    uint8_t freed = o->p[page].freed;
     need(o, read(o->pipe[0], at(o, to), PAGE) == (ssize_t)PAGE);
-    o->p[to].value = o->p[page].value;
-    o->p[to].freed = freed;
-    if (freed) {  // which of the two it was is known now
-        o->p[to].value = *(uint64_t *)at(o, to) ? o->p[to].value : 0;
-        o->p[to].freed = 0;
-    }
+    copied(o, page, to);
+}
+
+// The device reads and writes the pages themselves, which are pinned meanwhile.
+static void through_a_file(struct owner *o, int page, int count, int to) {
+    count = count < DIRECT ? count : DIRECT;
+    if (!all(o, page, count, READ) || !all(o, to, count, WRITE) || (to < page + count && page < to + count))
+        return;
+    size_t bytes = (size_t)count * PAGE;
+    need(o, pwrite(o->file, at(o, page), bytes, 0) == (ssize_t)bytes);
+    need(o, pread(o->file, at(o, to), bytes, 0) == (ssize_t)bytes);
+    for (int i = 0; i < count; i++)
+        copied(o, page + i, to + i);
+}
+
+// MADV_REMOVE is for shared memory: here it must fail, and change nothing.
+static void remove_in_vain(const struct owner *o, int page, int count) {
+    for (int i = page; i < page + count; i++)
+        if (o->p[i].locked)
+            return;
+    need(o, madvise(at(o, page), (size_t)count * PAGE, MADV_REMOVE) == -1 && errno == EINVAL);
+    look(o, page, count, "not removed");
+}
+
+// A stack of so many pages more, each looked at on the way back.
+static uint64_t deep(const struct owner *o, int levels) {
+    volatile uint64_t here[PAGE / 8];
+    uint64_t value = o->values * 64 + (uint64_t)levels + 1;
+    for (uint64_t k = 0; k < PAGE / 8; k += 73)
+        here[k] = word(value, k);
+    uint64_t below = levels ? deep(o, levels - 1) : 0;
+    for (uint64_t k = 0; k < PAGE / 8; k += 73)
+        if (here[k] != word(value, k))
+            stop(1, "thread %d, line %d: level %d of the stack, word %d is %#llx\n", o->number, o->at, levels, (int)k,
+                 (unsigned long long)here[k]);
+    return below + here[0];
 }
 
 static void read_by_the_kernel(const struct owner *o, int page, int count) {
@@ -211,12 +268,6 @@ static void read_by_the_kernel(const struct owner *o, int page, int count) {
     need(o, process_vm_readv(getpid(), &to, 1, &from, 1, 0) == (ssize_t)((size_t)count * PAGE));
     for (int i = 0; i < count; i++)
         check(o, bytes + (size_t)i * PAGE, page + i, "by process_vm_readv");
-}
-
-static void look(const struct owner *o, int page, int count, const char *how) {
-    for (int i = page; i < page + count; i++)
-        if (o->p[i].access >= READ)
-            check(o, at(o, i), i, how);
 }
 
 static void fork_and_look(struct owner *o) {
@@ -262,7 +313,7 @@ static void lock(struct owner *o, int page, int count, int locked) {
 }
 
 static void carry_out(struct owner *o, const struct line *l) {
-    int page = l->page, count = page + l->count <= PAGES ? l->count : PAGES - page;
+    int page = l->page, count = page + l->count <= end_of(page) ? l->count : end_of(page) - page;
     int readable = all(o, page, count, READ), writable = all(o, page, count, WRITE);
     size_t bytes = (size_t)count * PAGE;
     switch (l->call) {
@@ -319,6 +370,16 @@ static void carry_out(struct owner *o, const struct line *l) {
     case 'k':
         through_a_pipe(o, page, l->to);
         break;
+    case 'O':
+        through_a_file(o, page, count, l->to);
+        break;
+    case 'R':
+        if (all(o, page, count, NONE))
+            remove_in_vain(o, page, count);
+        break;
+    case 'S':
+        deep(o, 4 * count);
+        break;
     case 'v':
         if (readable)
             read_by_the_kernel(o, page, count);
@@ -340,12 +401,30 @@ static void carry_out(struct owner *o, const struct line *l) {
     }
 }
 
+static void *area(const struct owner *o, uint64_t pages) {
+    void *p = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    need(o, p != MAP_FAILED);
+    return p;
+}
+
+// O_DIRECT where the file system has it; the last line says if it has not.
+static int open_file(const struct owner *o, const char *script) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s.%d", script, o->number);
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_DIRECT, 0600);
+    if (fd < 0 && errno == EINVAL) {
+        without_direct = 1;
+        fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    }
+    need(o, fd >= 0 && !unlink(path));
+    return fd;
+}
+
 static void *work(void *arg) {
     struct owner *o = arg;
-    o->base = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    need(o, o->base != MAP_FAILED);
-    need(o, !pipe(o->pipe));
-    set(o, 0, PAGES, fresh(o));
+    o->base = area(o, OWN);
+    for (int page = 0; page < PAGES; page = end_of(page))
+        set(o, page, end_of(page) - page, fresh(o));
     pthread_barrier_wait(&all_there);
     for (int r = 0; r < rounds; r++)
         for (o->at = 0; o->at < o->lines; o->at++)
@@ -369,15 +448,20 @@ int main(int argc, char **argv) {
     fclose(f);
     pthread_t t[THREADS];
     pthread_barrier_init(&all_there, NULL, THREADS);
+    stripes = area(&owner[0], THREADS * (PAGES - OWN));
     for (int i = 0; i < THREADS; i++) {
         owner[i].number = i;
+        owner[i].file = open_file(&owner[i], argv[1]);
+        need(&owner[i], !pipe(owner[i].pipe));
+    }
+    for (int i = 1; i < THREADS; i++)
         if (pthread_create(&t[i], NULL, work, &owner[i]))
             stop(2, "no thread\n");
-    }
-    unsigned long long values = 0;
-    for (int i = 0; i < THREADS; i++) {
+    work(&owner[0]);
+    unsigned long long values = owner[0].values;
+    for (int i = 1; i < THREADS; i++) {
         pthread_join(t[i], NULL);
         values += owner[i].values;
     }
-    stop(0, "%d threads, %llu pages written\n", THREADS, values);
+    stop(0, "%d threads, %llu pages written%s\n", THREADS, values, without_direct ? ", no O_DIRECT" : "");
 }

@@ -184,7 +184,8 @@ struct space {
     bool unsure;                // since it was quiet last, an event was read that could have meant something else
     bool young;                 // forked since its parent was quiet last
     bool adopting;
-    bool forked;  // its uffd came with a FORK event
+    bool forked;     // its uffd came with a FORK event
+    bool inherited;  // … when some of the parent's pages were away, or stored and perhaps the same as here
     bool asks;    // adopted: only the DMS knows what it has of the pages that are not there
     struct lspt lspt;
     struct ranges known;     // registered

@@ -335,8 +335,10 @@ struct space *space_fork(struct space *parent) {
     for (uint64_t at = 0; (l = lspt_next(&parent->lspt, at)); at = l->base + LEAF_PAGES) {
         struct leaf *cl = lspt_leaf_make(&child->lspt, child, l->base);
         for (uint64_t i = 0; i < LEAF_PAGES; i++)
-            if (l->e[i].state || l->e[i].flags)
+            if (l->e[i].state || l->e[i].flags) {
+                child->inherited |= l->e[i].state > PS_RESIDENT || l->e[i].flags & PF_STORED;
                 fork_entry(child, cl, &l->e[i], l->base + i);
+            }
     }
     return child;
 }

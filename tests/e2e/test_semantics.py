@@ -65,6 +65,18 @@ def test_every_step_fails_on_a_wrong_byte(program, name):
         assert f"{step}: " in ran.stdout
 
 
+def test_what_is_wiped_on_fork_is_zeros_where_nothing_had_left_before(edm, program, tmp_path):
+    report = tmp_path / "r.json"
+    expected = plain(program, "tree", "madvised_fork")
+    ran = edm.run(
+        *("--transport", "inproc", "--local-memory", "6M", "--report", report, "--", program("tree"), "madvised_fork")
+    )
+    assert (ran.status, ran.out.decode(), ran.err) == (0, expected.stdout, "")
+    counters = json.loads(report.read_text())["counters"]
+    assert counters["evictions"] > 500
+    assert counters["internal_errors"] == counters["lost"] == 0
+
+
 POOL = """
 import hashlib, multiprocessing, sys
 data = bytearray(6 << 20)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 READY_S: Final = 60.0
 TICK_S: Final = 0.1
 END_S: Final = 20.0
+LEFT_BEHIND_S: Final = 3.0
+"""So long what a program leaves behind is not told of: helpers end in a moment, once they see that it has gone."""
 TITLES: Final = {"dm-handler": "DM-Handler", "dms": "memory server"}
 PR_SET_CHILD_SUBREAPER: Final = 36
 LISTS: Final = ("LD_PRELOAD", "GLIBC_TUNABLES")
@@ -343,7 +345,7 @@ class Session:
             if asked:
                 for pid in pids:
                     processes.send(pid, signal.SIGTERM if time.monotonic() - since < END_S / 4 else signal.SIGKILL)
-            elif time.monotonic() - since > 1 and not said:
+            elif time.monotonic() - since > LEFT_BEHIND_S and not said:
                 said = True
                 print(
                     f"edm: the program has ended; still serving {len(pids)} process(es) it started "

@@ -109,7 +109,7 @@ def test_titles_in_ps(edm):
 
 
 def test_a_program_left_behind_is_served_until_it_ends(edm):
-    script = f"{sys.executable} -c 'import time; d = bytearray(9 << 20); time.sleep(2); print(sum(d))' & echo started"
+    script = f"{sys.executable} -c 'import time; d = bytearray(9 << 20); time.sleep(3.5); print(sum(d))' & echo started"
     began = time.monotonic()
     ran = edm.run("--transport", "inproc", "--local-memory", "4M", "--", "sh", "-c", script)
     assert (ran.status, ran.out) == (0, b"started\n0\n")

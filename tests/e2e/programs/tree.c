@@ -240,6 +240,37 @@ static void forks_in_threads(void) {
     look(data, 0, PAGES, 19, "afterwards");
 }
 
+// A child that the C library knows nothing of, and that forks and maps like any other.
+static void raw_clone(void) {
+    fill(data, 0, PAGES, 25);
+    push_out();
+    pid_t child = (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+    if (child == 0) {
+        look(data, 0, PAGES, 25, "child");
+        fill(data, 0, PAGES / 2, 26);
+        MUST(!madvise(data, PAGES / 4 * PAGE, MADV_WILLNEED));
+        pid_t grandchild = fork();
+        if (grandchild == 0) {
+            look(data, 0, PAGES / 2, 26, "grandchild");
+            MUST(!madvise(data, PAGES / 2 * PAGE, MADV_DONTNEED));
+            look(data, 0, PAGES / 2, 0, "grandchild, dropped");
+            push_out();
+            look(data, PAGES / 2, PAGES / 2, 25, "grandchild");
+            _exit(0);
+        }
+        ended_well(grandchild, "grandchild");
+        look(data, 0, PAGES / 2, 26, "child, afterwards");
+        munmap(data, PAGES / 2 * PAGE);
+        look(area_at(data, PAGES / 2, MAP_FIXED), 0, PAGES / 2, 0, "child, mapped again");
+        _exit(0);
+    }
+    MUST(child > 0);
+    fill(data, 0, PAGES, 27);
+    push_out();
+    ended_well(child, "child");
+    look(data, 0, PAGES, 27, "parent");
+}
+
 #define MORE 2048ul  // pages, more than stay here
 
 // Memory wanted away from, or as zeros in, a child.
@@ -289,6 +320,7 @@ int main(int argc, char **argv) {
         {"double_fork", double_fork},
         {"as_daemon", as_daemon},
         {"forks_in_threads", forks_in_threads},
+        {"raw_clone", raw_clone},
         {"madvised_fork", madvised_fork},
     };
     self = realpath("/proc/self/exe", NULL);

@@ -30,8 +30,7 @@ _GET, _PAGES, _EVICT, _ACK, _CONTROL, _ANSWER, _REFUSED = map(
     int, (Kind.GET, Kind.PAGES, Kind.EVICT, Kind.ACK, Kind.CONTROL, Kind.ANSWER, Kind.REFUSED)
 )
 _REFS: Final = ffi.typeof("struct edm_page_ref[]")
-C_PATIENCE_S: Final = 1.0
-"""How long C waits for an answer; after that Python does, which looks for signals and for the other side's end."""
+_BYTES: Final = ffi.typeof("char[]")
 _LATE: Final = "no answer from the memory server within the deadline"
 
 
@@ -135,26 +134,26 @@ class Conversation:
         """Whether a fetch was made by C; if not, it is to be made anew. Raises as `finish`."""
         if self._carried is None:
             return False
-        place = ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(into, require_writable=True)
-        result = lib.edm_conversation_fetch(self._native, *place, self._patience(deadline))
+        result = lib.edm_conversation_fetch(
+            self._native, ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(_BYTES, into, True), deadline
+        )
+        if result == 0:
+            return True
         if self._under_way(result, deadline):
             receive_pages(self, refs, into)
             return True
-        return bool(result == 0)
+        return False
 
     def evicted(self, refs: PageRefs, pages: memoryview, deadline: float) -> str | None:
         """What a memory server said to an eviction made by C; None if it is to be made anew. Raises as `finish`."""
         if self._carried is None:
             return None
-        place = ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(pages)
-        result = lib.edm_conversation_evict(self._native, *place, self._patience(deadline))
-        if self._under_way(result, deadline):
-            return receive_ack(self, refs)
-        return None if result else ""
-
-    @staticmethod
-    def _patience(deadline: float) -> float:
-        return min(C_PATIENCE_S, max(deadline - time.monotonic(), 0.0))
+        result = lib.edm_conversation_evict(
+            self._native, ffi.from_buffer(_REFS, refs), len(refs), ffi.from_buffer(pages), deadline
+        )
+        if result == 0:
+            return ""
+        return receive_ack(self, refs) if self._under_way(result, deadline) else None
 
     def _under_way(self, result: int, deadline: float) -> bool:
         """Whether a request of C's has no answer yet: its reply is for `finish`, which goes on waiting."""

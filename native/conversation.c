@@ -19,7 +19,7 @@
 #define PAGES 3u
 #define EVICT 4u
 #define ACK 5u
-#define PATIENCE_S 1.0  // of a call through the table; then Python waits, with the run's deadlines and words
+#define PATIENCE_S 1.0  // of a call; then Python waits, which looks for signals and for the other side's end
 
 struct edm_conversation {
     struct edm_channel_ops ops;
@@ -118,6 +118,11 @@ static int evict_until(struct edm_conversation *c, struct edm_page_ref *refs, ui
     return 0;
 }
 
+static double patient_until(double deadline) {
+    double patience = now_s() + PATIENCE_S;
+    return deadline < patience ? deadline : patience;
+}
+
 static int fetch(void *self, struct edm_page_ref *refs, uint32_t n, void *into) {
     return fetch_until(self, refs, n, into, now_s() + PATIENCE_S);
 }
@@ -156,11 +161,11 @@ uint64_t edm_conversation_length(const struct edm_conversation *c) { return c->l
 uint64_t edm_conversation_next(struct edm_conversation *c) { return ++c->request; }
 
 int edm_conversation_fetch(struct edm_conversation *c, struct edm_page_ref *refs, uint32_t n, void *into,
-                           double timeout_s) {
-    return fetch_until(c, refs, n, into, now_s() + timeout_s);
+                           double deadline) {
+    return fetch_until(c, refs, n, into, patient_until(deadline));
 }
 
 int edm_conversation_evict(struct edm_conversation *c, struct edm_page_ref *refs, uint32_t n, const void *pages,
-                           double timeout_s) {
-    return evict_until(c, refs, n, pages, now_s() + timeout_s);
+                           double deadline) {
+    return evict_until(c, refs, n, pages, patient_until(deadline));
 }

@@ -372,12 +372,13 @@ uint64_t edm_conversation_next(struct edm_conversation *conversation);
 /* … and of the last one made in either way; the length of the last one made here. */
 uint64_t edm_conversation_request(const struct edm_conversation *conversation);
 uint64_t edm_conversation_length(const struct edm_conversation *conversation);
-/* As the table's calls, with a timeout. 0; -ETIMEDOUT: no answer yet, Python may wait for it; -EBUSY: not even sent,
-   and `out` is _lost; another negative errno: Python says what it is, by making the request anew. */
+/* As the table's calls, until `deadline` (CLOCK_MONOTONIC, seconds) and no longer than a second. 0; -ETIMEDOUT: no
+   answer yet, Python may wait for it; -EBUSY: not even sent, and `out` is _lost; another negative errno: Python says
+   what it is, by making the request anew. */
 int edm_conversation_fetch(struct edm_conversation *conversation, struct edm_page_ref *refs, uint32_t n, void *into,
-                           double timeout_s);
+                           double deadline);
 int edm_conversation_evict(struct edm_conversation *conversation, struct edm_page_ref *refs, uint32_t n,
-                           const void *pages, double timeout_s);
+                           const void *pages, double deadline);
 
 /* ---- MPI without Python (native/mpi_link.c, mpi_serving.c): called by edm.plugins.transport_mpi ------------------ */
 

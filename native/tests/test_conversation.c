@@ -9,6 +9,7 @@
 
 #include "carrier.h"
 #include "check.h"
+#include "spin.h"
 
 #define PAGE 4096u
 #define BATCH 3u
@@ -89,13 +90,15 @@ static void fill(struct edm_page_ref *refs, uint8_t *into) {
     memset(into, 0x5a, (size_t)BATCH * PAGE);
 }
 
+static double later(void) { return edm_now_s() + 1; }
+
 // One fetch with that script; whether pages came, or the buffers were left alone.
 static int fetch(const char *what_comes, double resend_s) {
     static uint8_t into[BATCH * PAGE];
     struct edm_page_ref refs[BATCH];
     struct edm_conversation *c = meet(what_comes, resend_s);
     fill(refs, into);
-    int result = edm_conversation_fetch(c, refs, BATCH, into, 0.05);
+    int result = edm_conversation_fetch(c, refs, BATCH, into, edm_now_s() + 0.05);
     CHECK(into[0] == (result ? 0x5a : 0x11) && into[PAGE] == 0x5a && into[2 * PAGE] == (result ? 0x5a : 0x33));
     CHECK(refs[0].status == !result && refs[1].status == 0 && refs[2].status == !result);
     edm_conversation_free(c);
@@ -119,10 +122,10 @@ static void test_nothing_comes(void) {
     static uint8_t into[BATCH * PAGE];
     struct edm_conversation *c = meet(nothing, 0);
     fill(refs, into);
-    CHECK(edm_conversation_fetch(c, refs, BATCH, into, 0) == -ETIMEDOUT && sends == 1);
+    CHECK(edm_conversation_fetch(c, refs, BATCH, into, edm_now_s()) == -ETIMEDOUT && sends == 1);
     // Its answer comes after all, before that to the next.
     script = "la";
-    CHECK(edm_conversation_fetch(c, refs, BATCH, into, 1) == 0 && into[0] == 0x11);
+    CHECK(edm_conversation_fetch(c, refs, BATCH, into, later()) == 0 && into[0] == 0x11);
     edm_conversation_free(c);
 }
 
@@ -132,11 +135,11 @@ static void test_a_buffer_that_is_kept_is_not_used_again(void) {
     struct edm_conversation *c = meet("a", 0);
     fill(refs, into);
     send_result = -EBUSY;
-    CHECK(edm_conversation_fetch(c, refs, BATCH, into, 1) == -EBUSY && edm_conversation_lost(c));
+    CHECK(edm_conversation_fetch(c, refs, BATCH, into, later()) == -EBUSY && edm_conversation_lost(c));
     send_result = 0;
-    CHECK(edm_conversation_fetch(c, refs, BATCH, into, 1) == -EINVAL && sends == 1);
+    CHECK(edm_conversation_fetch(c, refs, BATCH, into, later()) == -EINVAL && sends == 1);
     edm_conversation_out(c, fresh);
-    CHECK(!edm_conversation_lost(c) && edm_conversation_fetch(c, refs, BATCH, into, 1) == 0 && sends == 2);
+    CHECK(!edm_conversation_lost(c) && edm_conversation_fetch(c, refs, BATCH, into, later()) == 0 && sends == 2);
     edm_conversation_free(c);
 }
 
@@ -148,14 +151,14 @@ static void test_evict(void) {
     for (uint32_t i = 0; i < BATCH; i++)
         refs[i].status = 1;
     uint64_t before = edm_conversation_next(c);
-    CHECK(edm_conversation_evict(c, refs, BATCH, pages, 1) == 0 && asked.request == before + 1);
+    CHECK(edm_conversation_evict(c, refs, BATCH, pages, later()) == 0 && asked.request == before + 1);
     CHECK(refs[0].status == 0 && refs[2].status == 0 && asked.pages == BATCH && asked.instance == instance);
     CHECK(!memcmp(other + 40 + BATCH * sizeof *refs, pages, sizeof pages));
     const struct edm_channel_ops *ops = edm_conversation_table(c);
     CHECK(ops->version == EDM_OPS_VERSION && ops->bytes == sizeof *ops);
     CHECK(ops->evict(ops->self, refs, BATCH, pages) == 0 && asked.request == before + 2);
-    CHECK(edm_conversation_evict(c, refs, 0, pages, 1) == -EINVAL);
-    CHECK(edm_conversation_evict(c, refs, 1025, pages, 1) == -EINVAL);
+    CHECK(edm_conversation_evict(c, refs, 0, pages, later()) == -EINVAL);
+    CHECK(edm_conversation_evict(c, refs, 1025, pages, later()) == -EINVAL);
     edm_conversation_free(c);
 }
 

@@ -45,7 +45,7 @@ def compile_ready(directory):
 def table(results):
     yield (
         f"{'':8}{'4 KiB p50':>11}{'bare':>8}{'ratio':>7}{'256 KiB p50':>13}{'bare':>8}{'ratio':>7}"
-        f"{'1 channel':>12}{'2':>8}{'4 requests/s':>14}{'idle CPU':>10}"
+        f"{'1 channel':>13}{'2':>13}{'4 requests/s':>14}{'idle CPU':>10}"
     )
     for name, result in results.items():
         cells = []
@@ -54,7 +54,7 @@ def table(results):
             cells.append(f"{result['fetch'][pages]['p50_us']:{width - 3}.1f} µs")
             cells.append(f"{bare:8.1f}{result['ratio'][pages]:7.2f}" if bare else f"{'–':>8}{'–':>7}")
         rates = result["requests_per_s"]
-        requests = f"{rates['1']:12.0f}{rates['2']:8.0f}{rates['4']:14.0f}"
+        requests = f"{rates['1']:13,.0f}{rates['2']:13,.0f}{rates['4']:14,.0f}"
         yield f"{name:8}{''.join(cells)}{requests}{result['idle_cpu']:10.1%}"
 
 

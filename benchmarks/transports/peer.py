@@ -1,7 +1,7 @@
 """The two programs of `bench_transports.py`: `peer.py dms|dm-handler RUN_DIR`.
 
-Each measures the bare library and EDM's transport over it in turns, in the same two processes, so that what else the
-machine does falls on both alike.
+Each measures the bare library and EDM's transport over it in turns, in the same two processes and some tenths of a
+second apart, so that what else the machine does falls on both alike. The server stops serving for the bare turns.
 """
 
 import ctypes
@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from edm.config.options import build_options
-from edm.ops import SERVER, capsule
+from edm.ops import CHANNEL, SERVER, address_of, capsule
 from edm.registry import Registry
 from edm.types import PAGE_BYTES, PAGE_REF, EvictStatus, GetStatus, RunContext
 
 SIZES = (1, 64)
 """Pages a request: 4 KiB and 256 KiB."""
-ROUNDS = 3
+ROUNDS = 9
+WARM_UP = 100
 REQUEST_BYTES = 72
 
 
@@ -36,6 +37,7 @@ class ReadyServer:
         library = ctypes.CDLL(str(run_dir / "ready.so"))
         self.__edm_ops__ = capsule(ctypes.addressof(ctypes.c_uint32.in_dll(library, "edm_ready")), SERVER)
         self.library = library
+        self.stop = threading.Event()
 
     def enter(self, timeout_s):
         return True
@@ -51,11 +53,19 @@ class ReadyServer:
         return ""
 
     def control(self, instance, request):
+        if request["op"] == "pause":
+            self.stop.set()
         return {"ok": True, "instance": 1}
+
+    def serve(self, transport):
+        """Until a `pause`, or the goodbye."""
+        self.stop.clear()
+        transport.serve(self, self.stop)
+        return self.stop.is_set()
 
 
 def repeats(pages):
-    return 4000 if pages == 1 else 1000
+    return 1500 if pages == 1 else 400
 
 
 def percentiles(times_ns):
@@ -155,17 +165,14 @@ def batch(pages):
     return refs, memoryview(bytearray(pages * PAGE_BYTES))
 
 
-def requests_per_second(transport, channels, seconds=1.0):
-    """Single pages, every channel in a thread of its own."""
+def requests_per_second(transport, channels, library, seconds=1.0):
+    """Single pages, every channel in a thread of its own, which stays in C as the engine's workers do."""
+    library.edm_ask.restype, library.edm_ask.argtypes = ctypes.c_int64, [ctypes.c_void_p, ctypes.c_double]
     counts = [0] * channels
-    end = time.perf_counter() + seconds
 
     def work(number):
         channel = transport.connect()
-        refs, into = batch(1)
-        while time.perf_counter() < end:
-            channel.fetch(refs, into)
-            counts[number] += 1
+        counts[number] = library.edm_ask(address_of(channel, CHANNEL), seconds)
         channel.close()
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(channels)]
@@ -173,43 +180,56 @@ def requests_per_second(transport, channels, seconds=1.0):
         thread.start()
     for thread in threads:
         thread.join()
+    if min(counts) < 0:
+        sys.exit(f"a request failed: {os.strerror(-min(counts))}")
     return sum(counts) / seconds
 
 
 def serve(settings, run_dir):
     (run_dir / "dms.pid").write_text(str(os.getpid()))
     transport = open_transport(settings, run_dir, "dms")
-    bare = BARE[settings["transport"]](run_dir)
+    bare, server = BARE[settings["transport"]](run_dir), ReadyServer(run_dir)
     for _ in range(ROUNDS):
         for pages in SIZES:
             bare.answer(pages)
-    transport.serve(ReadyServer(run_dir), threading.Event())
+            server.serve(transport)
+    server.serve(transport)
     bare.close()
     transport.close()
 
 
 def measure(settings, run_dir):
     transport = open_transport(settings, run_dir, "dm-handler")
-    results = {"bare": {}, "fetch": {}, "evict": {}, "ratio": {}}
-    bare_times = {pages: [] for pages in SIZES}
     bare = BARE[settings["transport"]](run_dir) if settings["transport"] in BARE else None
-    for _ in range(ROUNDS if bare else 0):
+    rounds = {kind: {pages: [] for pages in SIZES} for kind in ("bare", "fetch", "evict")}
+    channel = None
+    for _ in range(ROUNDS):
         for pages in SIZES:
-            bare_times[pages].append(percentiles(bare.ask(pages)))
-    channel = transport.connect()
-    channel.control({"op": "hello"})
-    for pages in SIZES:
-        refs, into = batch(pages)
-        timed(lambda r=refs, i=into: channel.fetch(r, i), 200)
-        fetches = [
-            percentiles(timed(lambda r=refs, i=into: channel.fetch(r, i), repeats(pages))) for _ in range(ROUNDS)
-        ]
-        evicts = [percentiles(timed(lambda r=refs, i=into: channel.evict(r, i), repeats(pages))) for _ in range(ROUNDS)]
-        results["fetch"][pages], results["evict"][pages] = middle(fetches), middle(evicts)
-        if bare:
-            results["bare"][pages] = middle(bare_times[pages])
-            results["ratio"][pages] = results["fetch"][pages]["p50_us"] / results["bare"][pages]["p50_us"]
-    results["requests_per_s"] = {channels: requests_per_second(transport, channels) for channels in (1, 2, 4)}
+            if bare:
+                rounds["bare"][pages].append(percentiles(bare.ask(pages)))
+            if channel is None:
+                channel = transport.connect()
+                channel.control({"op": "hello"})
+            refs, into = batch(pages)
+            for kind, call in (("fetch", channel.fetch), ("evict", channel.evict)):
+                timed(lambda c=call, r=refs, i=into: c(r, i), WARM_UP)
+                times = timed(lambda c=call, r=refs, i=into: c(r, i), repeats(pages))
+                rounds[kind][pages].append(percentiles(times))
+            if bare:
+                channel.control({"op": "pause"})
+    results = {kind: {pages: middle(of) for pages, of in sizes.items() if of} for kind, sizes in rounds.items()}
+    results["ratio"] = {
+        pages: statistics.median(
+            ours["p50_us"] / theirs["p50_us"]
+            for ours, theirs in zip(rounds["fetch"][pages], rounds["bare"][pages], strict=True)
+        )
+        for pages in SIZES
+        if bare
+    }
+    library = ctypes.CDLL(str(run_dir / "ready.so"))
+    results["requests_per_s"] = {
+        channels: requests_per_second(transport, channels, library) for channels in (1, 2, 4)
+    }  # fmt: skip
     results["idle_cpu"] = idle_cpu(run_dir) if bare else 0.0
     channel.close()
     transport.close()

@@ -1,6 +1,8 @@
-/* A memory server that answers at once, with whatever is in the reply's buffer: what is measured is the transport. */
+/* A memory server that answers at once, with whatever is in the reply's buffer: what is measured is the transport. And
+   a worker that asks for one page after the other, as the engine's do: without Python. */
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 struct edm_page_ref {
     uint64_t region, index, version;
@@ -25,3 +27,23 @@ static int evict(void *self, uint32_t instance, struct edm_page_ref *refs, uint3
 }
 
 const struct edm_server_ops edm_ready = {EDM_OPS_VERSION, sizeof(struct edm_server_ops), NULL, get, evict};
+
+static double now_s(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* How many requests for one page were answered in so many seconds; negative: an errno. */
+int64_t edm_ask(const struct edm_channel_ops *channel, double seconds) {
+    _Alignas(64) uint8_t page[4096];
+    struct edm_page_ref ref = {.region = 1ull << 32};
+    double end = now_s() + seconds;
+    int64_t count = 0;
+    for (; now_s() < end; count++) {
+        int result = channel->fetch(channel->self, &ref, 1, page);
+        if (result)
+            return result;
+    }
+    return count;
+}

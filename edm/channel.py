@@ -182,7 +182,12 @@ class Conversation:
         instance = self._session.instances[self._server]
         self._length = self.out.seal(kind, count, self._number, instance, self._request, text_bytes, pages)
         self._deadline = deadline
-        self._send()
+        self._send(self._length, deadline)
+
+    def send_again(self, deadline: float) -> None:
+        """Send the last request once more, whether it was answered or not: every request may come twice."""
+        made_by_c = lib.edm_conversation_request(self._native) != self._request
+        self._send(lib.edm_conversation_length(self._native) if made_by_c else self._length, deadline)
 
     def finish(self, wanted: int, count: int) -> Head:
         """Wait for the reply to the request last sent; it is then in `reply`.
@@ -213,11 +218,11 @@ class Conversation:
         if time.monotonic() >= self._deadline:
             raise TransportTimeout(_LATE)
         if self._resend_s is not None:
-            self._send()
+            self._send(self._length, self._deadline)
 
-    def _send(self) -> None:
+    def _send(self, length: int, deadline: float) -> None:
         try:
-            self.link.send(self.out, self._length, self._deadline)
+            self.link.send(self.out, length, deadline)
         finally:
             # A link may have given it another buffer.
             lib.edm_conversation_out(self._native, self.out.pointer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -36,12 +37,14 @@ class TransportContract:
             transport = "rdma"
 
     stands_alone: memory servers serve on when the DM-Handler is gone, and are ended by SIGTERM.
+    comes_back: a memory server that is started again finds its directory; not where several share that of the test.
     options: the plugin's, as a user would write them; a test may override the fixture `transport_options` where they
     depend on a directory.
     """
 
     transport: ClassVar[str]
     stands_alone: ClassVar[bool] = False
+    comes_back: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Any]] = {}
 
     @pytest.fixture(scope="class")
@@ -75,6 +78,21 @@ class TransportContract:
         """After the goodbye (or SIGTERM, if it stands alone) every process ends, and with status 0."""
         assert results["statuses"] == "", results["log"]
 
+    def test_pages_are_there_after_a_crash_of_both_sides(
+        self, tmp_path: Path, transport_options: dict[str, Any]
+    ) -> None:
+        """What was acknowledged is; the same instance goes on with it over a transport that is started again."""
+        if not self.comes_back:
+            return
+        act = functools.partial(
+            run_contract, self.transport, transport_options, tmp_path, self.plan, stands_alone=self.stands_alone
+        )
+        crashed = act(act="crash")
+        assert (tmp_path / "instances").exists(), crashed["log"]
+        after = act(act="after")
+        assert after.get("after") == "", after["log"]
+        assert after["statuses"] == "", after["log"]
+
 
 def run_contract(
     transport: str,
@@ -83,15 +101,21 @@ def run_contract(
     make_plan: Callable[..., LaunchPlan],
     *,
     stands_alone: bool,
+    act: str = "cases",
 ) -> dict[str, str]:
-    """Run all cases; the results, with "statuses" (exit statuses that are not 0) and "log" (what was printed)."""
-    (run_dir / "contract.json").write_text(json.dumps({"transport": transport, "options": dict(options)}))
+    """Run all cases; the results, with "statuses" (exit statuses that are not 0) and "log" (what was printed).
+
+    act: what the DM-Handler's side does. See `edm.testing.transport_peer`.
+    """
+    contract = {"transport": transport, "options": dict(options), "act": act}
+    (run_dir / "contract.json").write_text(json.dumps(contract))
     spec = Registry().transport(transport)
     built = build_options(spec.options, options, dict.fromkeys(options, "the contract"), transport)
     peer = (sys.executable, "-m", "edm.testing.transport_peer")
     plan = make_plan(built, (*peer, "dms", str(run_dir)), (*peer, "dm-handler", str(run_dir)))
     with (run_dir / "log").open("w+") as log:
-        statuses = _run(plan, log, time.monotonic() + LONGEST_S, stands_alone=stands_alone)
+        ended_by = signal.SIGKILL if act == "crash" else signal.SIGTERM if stands_alone else None
+        statuses = _run(plan, log, time.monotonic() + LONGEST_S, ended_by)
     results: dict[str, str] = {}
     if (run_dir / "results.json").exists():
         results = json.loads((run_dir / "results.json").read_text())
@@ -100,7 +124,8 @@ def run_contract(
     return results
 
 
-def _run(plan: LaunchPlan, log: Any, deadline: float, *, stands_alone: bool) -> dict[str, int]:
+def _run(plan: LaunchPlan, log: Any, deadline: float, ended_by: signal.Signals | None) -> dict[str, int]:
+    """Exit statuses; ended_by: what the memory servers are sent when the DM-Handler has gone."""
     environment = {**os.environ, **plan.environment}
     processes = [
         subprocess.Popen(
@@ -110,8 +135,8 @@ def _run(plan: LaunchPlan, log: Any, deadline: float, *, stands_alone: bool) -> 
     ]
     try:
         processes[-1].wait(max(deadline - time.monotonic(), 0.1))
-        for server in processes[:-1] if stands_alone else ():
-            server.terminate()
+        for server in processes[:-1] if ended_by is not None else ():
+            server.send_signal(ended_by)
         return {
             " ".join(process.args): process.wait(max(deadline - time.monotonic(), 0.1))  # type: ignore[arg-type]
             for process in processes

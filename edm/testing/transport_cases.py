@@ -5,6 +5,7 @@ They run in a process that the transport's own `plan` has started, against a `Di
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 DEADLINE_S: Final = 2.0
 """The deadline the transport is opened with."""
-SLOW_S: Final = 1.3
+SLOW_S: Final = 1.2
 """Shorter than the deadline."""
 LATER_S: Final = 2.6
 """Longer than the deadline."""
@@ -292,6 +293,64 @@ def an_eviction_that_timed_out_may_be_sent_again(peer: Peer) -> None:
     slow.close()
 
 
+def duplicate_replies_are_thrown_away(peer: Peer) -> None:
+    """Every request is sent twice, so every reply comes twice; each next request gets its own."""
+    channel = peer.transport.connect()
+    # So that every server has had a request that can be sent again.
+    assert not channel.control({"op": "no such thing"})["ok"]
+    for turn in range(12):
+        # Of a large batch some transports send the pages apart from the rest.
+        indices = np.arange(1 if turn % 2 else 70) + turn * 1000
+        refs, pages = batch_of(peer.region, indices, version=turn + 1, seed=turn)
+        assert channel.evict(refs, memoryview(pages)) == ""
+        _send_again(channel)
+        asked, into = wanted(peer.region, indices), bytearray(len(pages))
+        channel.fetch(asked, memoryview(into))
+        assert (asked["version"] == turn + 1).all()
+        assert into == pages
+        _send_again(channel)
+        answer = channel.control({"op": "no such thing", "turn": turn})
+        assert "no such thing" in answer["error"]
+        _send_again(channel)
+    channel.close()
+
+
+def _send_again(channel: Channel) -> None:
+    """As a transport does that may lose messages; a channel without a wire has no replies that could be two."""
+    one = getattr(channel, "_conversation", None)
+    for conversation in getattr(channel, "_conversations", [one] if one is not None else []):
+        conversation.send_again(time.monotonic() + DEADLINE_S)
+
+
+def a_busy_server_is_a_timeout_for_who_waits(peer: Peer) -> None:
+    """One channel's request takes longer than another channel's deadline allows; the other then goes on."""
+    busy, other = peer.transport.connect(), peer.transport.connect()
+    # Pages that a transport with several servers asks the same one for.
+    refs, pages = batch_of(peer.region, [3, 4], version=1)
+    peer.evict(refs, pages)
+    assert busy.control({"op": "test_delay", "seconds": LATER_S + 0.4, "requests": 1})["ok"]
+
+    def be_busy() -> None:
+        with contextlib.suppress(TransportTimeout):
+            busy.fetch(wanted(peer.region, [3]), memoryview(bytearray(PAGE_BYTES)))
+
+    thread = threading.Thread(target=be_busy)
+    thread.start()
+    time.sleep(0.1)
+    asked, into = wanted(peer.region, [4]), bytearray(PAGE_BYTES)
+    try:
+        other.fetch(asked, memoryview(into))
+    except TransportTimeout:
+        other.fetch(asked, memoryview(into))
+    else:
+        raise AssertionError("an answer after the deadline was taken")
+    assert into == pages[PAGE_BYTES:]
+    thread.join()
+    assert other.control({"op": "test_delay", "seconds": 0, "requests": 0})["ok"]
+    busy.close()
+    other.close()
+
+
 def closing_ends_a_request_in_flight(peer: Peer) -> None:
     """The transport closes while another thread waits for a reply: that thread gets its answer or an error, soon."""
     ended: list[str] = []
@@ -334,6 +393,8 @@ CASES: Final[tuple[Callable[[Peer], None], ...]] = (
     a_structural_request_is_applied_once,
     another_instances_pages_are_out_of_reach,
     a_closed_channel_says_so,
+    duplicate_replies_are_thrown_away,
+    a_busy_server_is_a_timeout_for_who_waits,
 )
 """Run one after another on one connection."""
 

@@ -20,6 +20,7 @@ class TestMpi(TransportContract):
 @pytest.mark.mpi
 class TestMpiWithThreeMemoryServers(TransportContract):
     transport = "mpi"
+    comes_back = False
 
     @classmethod
     def plan(cls, options, dms, dm_handler):
@@ -60,6 +61,7 @@ class TestZmqWithTwoMemoryServers(TransportContract):
 
     transport = "zmq"
     stands_alone = True
+    comes_back = False
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -14,7 +14,7 @@ from edm.ops import ATTRIBUTE
 from edm.types import EvictStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
     from edm.interfaces import PageServer, SptStore
     from edm.types import PageRefs
@@ -28,10 +28,12 @@ class GuardedServer:
     """A `PageServer` around another.
 
     table: the server's SPT store, asked only when an instance comes near its quota.
-    quota_pages: the most pages of one instance, 0 for no limit; may be changed at any time.
+    quota_pages: the most pages of one client, 0 for no limit; may be changed at any time.
+    owner_of: whose an instance is; by itself each is a client of its own. Set before the first request.
     """
 
     def __init__(self, server: PageServer, table: SptStore, quota_pages: int = 0) -> None:
+        self.owner_of: Callable[[int], Hashable] = _its_own
         self._server = server
         self._table = table
         self._lock = threading.Lock()
@@ -39,8 +41,8 @@ class GuardedServer:
         self._answers_from_c = (capsule := getattr(server, ATTRIBUTE, None)) is not None
         if self._answers_from_c:
             self.__edm_ops__ = capsule
-        # Never less than what an instance has: pages counted at the last look, and all evicted since.
-        self._at_most: dict[int, int] = {}
+        # Never less than what a client has: pages counted at the last look, and all evicted since.
+        self._at_most: dict[Hashable, int] = {}
         self._quota_pages = 0
         self.quota_pages = quota_pages
 
@@ -69,7 +71,7 @@ class GuardedServer:
         with self._alone():
             if self.quota_pages and not self._fits(instance, refs):
                 refs["status"] = EvictStatus.FAIL
-                return f"instance {instance} is at its quota of {self.quota_pages} pages"
+                return f"the client of instance {instance} is at its quota of {self.quota_pages} pages"
             return self._server.evict(instance, refs, pages)
 
     def control(self, instance: int, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ class GuardedServer:
         with self._alone():
             if request.get("op") == "clone_region":
                 # It adds pages without an eviction: count anew at the next one.
-                self._at_most.pop(instance, None)
+                self._at_most.pop(self.owner_of(instance), None)
             return self._server.control(instance, request)
 
     def usage(self) -> dict[int, int]:
@@ -100,16 +102,16 @@ class GuardedServer:
                 self._server.leave()  # type: ignore[attr-defined]
 
     def _fits(self, instance: int, refs: PageRefs) -> bool:
-        more = len(refs)
-        at_most = self._at_most.get(instance)
+        more, owner = len(refs), self.owner_of(instance)
+        at_most = self._at_most.get(owner)
         if at_most is None or at_most + more > self.quota_pages:
             # Some of these pages may only replace themselves, others were dropped since: the table knows.
-            at_most = self._usage().get(instance, 0)
+            at_most = sum(pages for other, pages in self._usage().items() if self.owner_of(other) == owner)
             more -= int(self._table.lookup(refs).found.sum())
             if at_most + more > self.quota_pages:
-                self._at_most[instance] = at_most
+                self._at_most[owner] = at_most
                 return False
-        self._at_most[instance] = at_most + more
+        self._at_most[owner] = at_most + more
         return True
 
     def _usage(self) -> dict[int, int]:
@@ -118,3 +120,7 @@ class GuardedServer:
             instance = region >> INSTANCE_SHIFT
             usage[instance] = usage.get(instance, 0) + pages
         return usage
+
+
+def _its_own(instance: int) -> Hashable:
+    return instance

@@ -82,6 +82,7 @@ class DmsProcess:
             server = stack.enter_context(contextlib.closing(MemoryServer(table, pages)))
             self._guarded = GuardedServer(server, table, self._settings.quota_pages)
             self._transport = transport = spec.open(options, context)
+            self._guarded.owner_of = getattr(transport, "owner_of", self._guarded.owner_of)
             with StatusSocket(self._run_dir, self.status):
                 reports.ready(str(getattr(transport, "address", spec.name)))
                 transport.serve(self._guarded, self.stop)

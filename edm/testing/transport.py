@@ -135,8 +135,9 @@ def _run(plan: LaunchPlan, log: Any, deadline: float, ended_by: signal.Signals |
     ]
     try:
         processes[-1].wait(max(deadline - time.monotonic(), 0.1))
-        for server in processes[:-1] if ended_by is not None else ():
-            server.send_signal(ended_by)
+        if ended_by is not None:
+            for server in processes[:-1]:
+                server.send_signal(ended_by)
         return {
             " ".join(process.args): process.wait(max(deadline - time.monotonic(), 0.1))  # type: ignore[arg-type]
             for process in processes

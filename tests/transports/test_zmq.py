@@ -11,10 +11,12 @@ import zmq
 from edm.dms.guard import GuardedServer
 from edm.errors import TransportError, TransportTimeout, UsageError
 from edm.plugins.transport_zmq import ZmqOptions, open_transport, plan
+from edm.plugins.transport_zmq import serving as serving_module
 from edm.plugins.transport_zmq.keys import new_keys, read_list, read_public, read_secret
 from edm.testing.pages import DictServer, batch_of
 from edm.testing.transport_cases import wanted
 from edm.types import PAGE_BYTES, GetStatus, RunContext
+from edm.wire import Frame, Kind
 
 
 class Serving:
@@ -39,12 +41,12 @@ class Serving:
 
 @pytest.fixture
 def meet(tmp_path, free_port):
-    """Call it for a server and a client's transport: `meet(server_options, client_options, deadline_s)`."""
+    """Call it for a server and a client's transport: `meet(server_options, client_options, deadline_s, server)`."""
     opened = []
 
-    def make(server=None, client=None, deadline_s=10.0):
+    def make(options=None, client=None, deadline_s=10.0, server=None):
         endpoint = f"tcp://127.0.0.1:{free_port()}"
-        serving = Serving(ZmqOptions(listen=(endpoint,), **(server or {})), tmp_path)
+        serving = Serving(ZmqOptions(listen=(endpoint,), **(options or {})), tmp_path, server)
         opened.append(serving.stop)
         transport = open_transport(
             ZmqOptions(dms=(endpoint,), resend_s=0.2, **(client or {})),
@@ -137,6 +139,26 @@ def test_every_one_of_eight_clients_gets_its_share(meet, tmp_path):
     for transport in transports[1:]:
         transport.close()
     assert min(counts) > max(counts) / 8, counts
+
+
+def test_clients_that_never_say_goodbye_are_not_remembered_for_ever(meet, monkeypatch):
+    monkeypatch.setattr(serving_module, "MOST_SEEN", 5)
+    serving, transport = meet()
+    channel, _ = hello(transport)
+    context = zmq.Context()
+    frame = Frame()
+    ping = bytes(frame.view[: frame.seal(Kind.PING, 0, 0, 0, 1)])
+    for number in range(20):
+        killed = context.socket(zmq.DEALER)
+        killed.setsockopt(zmq.IDENTITY, b"E%011d%04d" % (number, 1))
+        killed.connect(serving.options.listen[0])
+        killed.send(ping)
+        killed.recv()
+        killed.close()
+        assert channel.control({"op": "stat"})["ok"]
+        assert serving.transport.peers() <= 5
+    context.term()
+    assert serving.transport.peers() == 5
 
 
 def test_a_client_that_says_goodbye_is_no_peer_any_more(meet):
@@ -340,3 +362,27 @@ def test_a_client_at_its_quota_may_replace_and_drop_but_not_add(meet, tmp_path):
     guarded.quota_pages = 0
     assert evict(instance, range(300, 600), 6) == ""
     assert guarded.usage() == {instance: 400, other: 100}
+
+
+def test_a_quota_is_a_clients_whatever_number_of_instances_it_has(meet, keys, tmp_path):
+    made, allowed = keys
+    allowed.write_text(made["alice"][1].read_text() + made["mallory"][1].read_text())
+    server = DictServer()
+    guarded = GuardedServer(server, Table(server), quota_pages=100)
+    serving, alice = meet(*options_of(keys, "alice"), server=guarded)
+    guarded.owner_of = serving.transport.owner_of
+    mallory = open_transport(
+        ZmqOptions(dms=serving.options.listen, **options_of(keys, "mallory")[1]),
+        RunContext(tmp_path, tmp_path, "dm-handler"),
+    )
+
+    def evict(transport, count):
+        channel, instance = hello(transport)
+        refs, pages = batch_of(instance << 32, np.arange(count), version=1)
+        return channel.evict(refs, memoryview(pages))
+
+    assert evict(alice, 60) == ""
+    assert "quota of 100 pages" in evict(alice, 60)
+    assert evict(alice, 40) == ""
+    assert evict(mallory, 100) == ""
+    mallory.close()

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 SILENT_S: Final = 30.0
 """A client of which nothing was heard for so long is gone; it gives a sign of life every few seconds."""
+MOST_SEEN: Final = 4096
+"""Clients that are counted. Of more, the one that was silent longest is not: one that is killed says no goodbye."""
 DRAIN_S: Final = 2.0
 """How long a server that ends goes on answering what has arrived."""
 IDLE_MS: Final = 1000
@@ -67,6 +69,10 @@ class KeyGate:
         """See `Gate`. Instance 0 says hello and asks for figures."""
         assert isinstance(peer, Client)
         return instance == 0 or self._owners.get(str(instance)) == peer.key
+
+    def owner_of(self, instance: int) -> Hashable:
+        """The key that an instance belongs to; what was made without keys is nobody else's."""
+        return self._owners.get(str(instance), instance)
 
     def given(self, peer: Hashable, instance: int) -> None:
         """See `Gate`."""
@@ -185,6 +191,10 @@ class ZmqServing:
     def _native(self) -> Any:
         return self._natives[-1][0] if self._natives else None
 
+    def owner_of(self, instance: int) -> Hashable:
+        """Whose an instance is: with keys the client's, whatever number of programs it runs."""
+        return self._gate.owner_of(instance) if self._gate is not None else instance
+
     def peers(self) -> int:
         """How many clients there are, of those that were heard lately."""
         oldest = time.monotonic() - SILENT_S
@@ -262,7 +272,11 @@ class ZmqServing:
         now = time.monotonic()
         came = self._seen[client][0] if client in self._seen else now
         if kind != Kind.BYE:
+            # In the order in which they were heard last.
+            self._seen.pop(client, None)
             self._seen[client] = came, now
+            if len(self._seen) > MOST_SEEN:
+                del self._seen[next(iter(self._seen))]
             return
         self._seen.pop(client, None)
         if self._private:

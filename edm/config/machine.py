@@ -58,8 +58,8 @@ def _cgroup_limits(root: Path) -> list[MemoryLimit]:
 def cpu_quota(root: Path = Path("/")) -> Path | None:
     """The file of a cgroup, of those this process is in, that limits its CPU time; None: nothing does.
 
-    root: as for `memory_limit`. Source: Linux Documentation/admin-guide/cgroup-v2.rst (cpu.max), scheduler/sched-bwc.rst
-    (cpu.cfs_quota_us).
+    root: as for `memory_limit`. Source: Linux Documentation/admin-guide/cgroup-v2.rst (cpu.max),
+    scheduler/sched-bwc.rst (cpu.cfs_quota_us).
     """
     for file in _cgroup_files(root, "cpu", _QUOTA_FILES):
         text = _text(root, file)

@@ -52,13 +52,28 @@ def alive(run_dir: Path, who: str) -> int:
 def started_at(pid: int) -> int:
     """When a process started, which tells it from a later one of the same number; 0 if it has ended.
 
-    Source: proc_pid_stat(5), fields 3 and 22.
+    Source: proc_pid_stat(5), field 22.
     """
+    fields = _stat(pid)
+    return int(fields[19]) if fields and not _over(fields) else 0
+
+
+def ending(pid: int) -> bool:
+    """Whether a process is dying: its first thread has ended, and others of it have its files open and locked still."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] in "ZX" and not _over(fields)
+
+
+def _stat(pid: int) -> list[str]:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
+        return []
+
+
+def _over(fields: list[str]) -> bool:
+    """Source: proc_pid_stat(5), fields 3 and 20."""
+    return fields[0] in "ZX" and int(fields[17]) <= 1
 
 
 def _read(run_dir: Path) -> dict[str, Any] | None:

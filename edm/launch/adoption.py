@@ -25,7 +25,7 @@ from edm.config import Config
 from edm.dms import status
 from edm.dump.asking import capture_of
 from edm.errors import EdmError, NativeError, UsageError
-from edm.handler.inheritance import alive, started_at
+from edm.handler.inheritance import alive, ending, started_at
 from edm.launch.run import make_plan, planned_roles
 from edm.launch.rundir import RunDir
 from edm.launch.session import READY_S, RunFailed, Session
@@ -139,7 +139,10 @@ def _answer(lines: Any) -> dict[str, str]:
 
 
 def _start_here(pid: int, run_dir: Path) -> None:
-    if handler := alive(run_dir, "handler"):
+    end = time.monotonic() + ANSWER_S
+    while (handler := alive(run_dir, "handler")) and ending(handler) and time.monotonic() < end:
+        time.sleep(0.02)
+    if handler:
         raise UsageError(f"process {pid} is served by process {handler}: nothing has died")
     if not alive(run_dir, "holder"):
         raise NotAdopted(f"the holder of process {pid} has died too: nothing has its pages any more")

@@ -7,7 +7,6 @@ import pytest
 
 from edm.launch.strays import Strays
 
-
 NOW = float("inf")
 """As if the DM-Handler had spoken after all that is looked at was there."""
 

@@ -82,6 +82,8 @@ struct edm_counters {
     uint64_t ahead_useful;    /* … of those, the stream went on behind them */
     uint64_t hints;           /* of madvise(2) that were followed */
     uint64_t hinted;          /* pages brought since a program said it will need them */
+    uint64_t asked;           /* pages that the DMS was asked for and has not brought, now */
+    uint64_t bare;            /* address spaces of which nothing can be evicted any more: their sidecar has gone */
     uint64_t internal_errors; /* states that should not occur; the first is in edm_error */
 };
 

@@ -254,11 +254,13 @@ void edm_engine_counters(struct edm_engine *g, struct edm_counters *out) {
     *out = g->count;
     out->resident = g->resident;
     out->staged = g->slots_used;
+    out->asked = g->inbound;
     out->limit_pages = g->limit;
     out->high_pages = g->high;
     out->low_pages = g->low;
     for (uint32_t i = 0; i < g->nspaces; i++) {
         out->spaces += !g->space[i]->dead;
+        out->bare += !g->space[i]->dead && g->space[i]->sidecar_fd >= 0 && !g->space[i]->ready;
         out->lspt_bytes += g->space[i]->lspt.leaves * sizeof(struct leaf);
     }
     pthread_mutex_unlock(&g->mu);

@@ -13,11 +13,22 @@
 #include <time.h>
 #include <unistd.h>
 
-#define GIVE_UP_NS 5000000000u  // a sidecar that does not answer this long is ended
+#define GIVE_UP_NS 5000000000u      // a sidecar that does not answer this long is ended
+#define STOOD_STILL_NS 1000000000u  // between two looks a few milliseconds apart
 
 bool pidfd_dead(int pidfd) {
     struct pollfd p = {pidfd, POLLIN, 0};
     return pidfd >= 0 && poll(&p, 1, 0) == 1;
+}
+
+// Time that has gone by since *start, seen at *last: without what the machine, or this process, stood still for. The
+// sidecar then may have stood still as well, and is not to be judged by it.
+static uint64_t awake_ns(uint64_t *start, uint64_t *last) {
+    uint64_t now = now_ns();
+    if (now - *last > STOOD_STILL_NS)
+        *start += now - *last;
+    *last = now;
+    return now - *start;
 }
 
 static void sidecar_kill(struct space *s) {
@@ -29,7 +40,7 @@ static void sidecar_kill(struct space *s) {
 void sidecar_lock(struct space *s) {
     if (!s->ctl || s->sidecar_fd < 0)
         return;
-    uint64_t start = 0;
+    uint64_t start = 0, last = 0;
     for (int i = 0;; i++) {
         uint32_t free_ = EDM_UNLOCKED;
         if (__atomic_compare_exchange_n(&s->ctl->lock, &free_, EDM_LOCK_ENGINE, false, __ATOMIC_ACQUIRE,
@@ -42,12 +53,12 @@ void sidecar_lock(struct space *s) {
         struct timespec t = {0, 10000};
         nanosleep(&t, NULL);
         if (!start)
-            start = now_ns();
+            start = last = now_ns();
         if (pidfd_dead(s->sidecar_fd)) {
             __atomic_store_n(&s->ctl->lock, EDM_LOCK_ENGINE, __ATOMIC_RELEASE);
             return;
         }
-        if (now_ns() - start > GIVE_UP_NS)
+        if (awake_ns(&start, &last) > GIVE_UP_NS)
             sidecar_kill(s);
     }
 }
@@ -66,7 +77,7 @@ static void post(struct space *s, uint32_t op) {
 // False when the sidecar has died: whatever it had moved by then is in staging. A move that takes seconds has gone
 // wrong, and the sidecar is ended; a drop may take as long as the fault workers are busy.
 static bool answered(struct space *s, bool moving) {
-    uint64_t start = now_ns();
+    uint64_t start = now_ns(), last = start;
     for (int i = 0;; i++) {
         uint32_t done = __atomic_load_n(&s->ctl->done, __ATOMIC_ACQUIRE);
         if (done == s->request)
@@ -81,7 +92,7 @@ static bool answered(struct space *s, bool moving) {
             return __atomic_load_n(&s->ctl->done, __ATOMIC_ACQUIRE) == s->request;
         if (!moving && atomic_load(&s->engine->stop))
             return false;
-        if (moving && now_ns() - start > GIVE_UP_NS)
+        if (moving && awake_ns(&start, &last) > GIVE_UP_NS)
             sidecar_kill(s);
     }
 }

@@ -29,6 +29,7 @@ from edm.errors import EdmError, NativeError, PeerLost, PluginBroken, TransportE
 from edm.handler.inheritance import inherited, leave
 from edm.handler.tracing import Recorder
 from edm.handler.uncaptured import Uncaptured
+from edm.handler.watching import Bare, Stall
 from edm.handler.workers import Workers
 from edm.interfaces import TakesPolicy
 from edm.ops import POLICY, POLICY_BYTES, address_of
@@ -185,9 +186,15 @@ class DmHandler:
             on_loss=settings.on_loss,
             cpus=settings.cpus,
             failed=self._failed,
-            warn=lambda text: launcher.say("warning", message=text),
+            warn=self._warn,
         )
         self._workers.start()
+        # A memory server elsewhere that does not answer is the workers' to notice.
+        self._stall = Stall(self._warn, patience_s=settings.patience_s, ends=settings.on_loss == "kill")
+        self._bare = Bare(self._warn)
+
+    def _warn(self, text: str) -> None:
+        self._launcher.say("warning", message=text)
 
     def _open_source(self, registry: Registry, context: RunContext) -> FaultSource:
         spec = registry.fault_source(self._config.fault_source)
@@ -204,10 +211,9 @@ class DmHandler:
         if not table:
             raise PluginBroken(f"policy {spec.name!r} offers no table {POLICY.decode()!r} of this version of edm")
         if refused := self.source.use_policy(table):
-            self._launcher.say(
-                "warning",
-                message=f"policy {spec.name}: the kernel does not say which pages were touched "
-                f"({IDLE_BITS.decode()}: {os.strerror(refused)}); it does without",
+            self._warn(
+                f"policy {spec.name}: the kernel does not say which pages were touched "
+                f"({IDLE_BITS.decode()}: {os.strerror(refused)}); it does without"
             )
         return policy
 
@@ -231,7 +237,7 @@ class DmHandler:
         from edm.dms.process import open_server  # noqa: PLC0415 (only an embedded DMS needs the stores here)
         from edm.dms.reports import Forwarding  # noqa: PLC0415
 
-        Forwarding(lambda text: self._launcher.say("warning", message=text)).start()
+        Forwarding(self._warn).start()
         self._server = open_server(self._config, context, registry)
         return spec.open(options, context, self._server)
 
@@ -256,11 +262,14 @@ class DmHandler:
             if self._launcher.gone and not self.source.counters()["spaces"]:
                 return
             self._look_at_uncaptured()
-            now = time.monotonic()
+            counters, now = self.source.counters(), time.monotonic()
+            self._bare.look(counters)
+            if self._server is not None:
+                self._stall.look(counters)
             self._launcher.say(
                 "counters",
                 at=now,
-                counters=self.source.counters(),
+                counters=counters,
                 error=self._engine_error(),
                 uncaptured=self._uncaptured.peak,
                 pids=self._pids(),
@@ -269,7 +278,7 @@ class DmHandler:
     def _look_at_uncaptured(self) -> None:
         warning = self._uncaptured.look(self._pids())
         if warning:
-            self._launcher.say("warning", message=warning)
+            self._warn(warning)
 
     def _pids(self) -> list[int]:
         pids = getattr(self.source, "pids", None)

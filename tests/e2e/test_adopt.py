@@ -123,6 +123,7 @@ def test_with_its_holder_dead_nothing_can_be_taken_over(edm, waiting):
     assert process.communicate(timeout=20)[0] == b""
 
 
+@soak
 def test_a_program_that_waits_can_be_ended(edm, waiting):
     process, _, pid, _ = waiting("inproc")
     process.send_signal(signal.SIGTERM)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,17 @@ pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root to have something to give up"),
 ]
+
+
+@pytest.fixture
+def open_edm(make_edm):
+    """`edm` in a directory that everybody may come by; pytest's own is root's."""
+    directory = Path(tempfile.mkdtemp(prefix="edm-test-", dir="/tmp"))
+    directory.chmod(0o755)
+    runner = make_edm(directory)
+    yield runner
+    runner.close()
+    shutil.rmtree(directory)
 
 
 def mask(*capabilities):
@@ -55,6 +67,7 @@ def test_all_threads_have_only_what_they_need(edm, program, transport, more):
     process.communicate(timeout=60)
 
 
+@pytest.mark.soak
 def test_a_directory_of_another_users_can_still_hold_the_pages(edm, program, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir(mode=0o700)
@@ -85,20 +98,89 @@ def test_power_over_all_files_is_kept_only_where_a_directory_takes_it(owner, tmp
 
 @pytest.mark.soak
 @pytest.mark.parametrize("transport", ["inproc", "zmq", pytest.param("mpi", marks=pytest.mark.mpi)])
-def test_without_it_another_users_program_is_served_through_a_death(make_edm, program, transport):
-    directory = Path("/tmp") / f"edm-test-{os.getpid()}-{transport}"
-    directory.mkdir(mode=0o755)
-    runner = make_edm(directory)
-    try:
-        command = (shutil.copy(program("working_set"), directory), 8, 60)
-        options = ("--transport", transport, "--user", "nobody", "--local-memory", "4M")
-        process = runner.start("run", *options, "--", *command)
-        handler, working, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
-        kill_while_at_work(handler, working)
-        out, err = process.communicate(timeout=100)
-        assert (process.returncode, out) == (0, expected(command)), err
-        assert b"is there again; the program goes on" in err
-        assert descendants(process.pid) == {}
-    finally:
-        runner.close()
-        shutil.rmtree(directory)
+def test_without_it_another_users_program_is_served_through_a_death(open_edm, program, transport):
+    command = (shutil.copy(program("working_set"), open_edm.directory), 8, 60)
+    options = ("--transport", transport, "--user", "nobody", "--local-memory", "4M")
+    process = open_edm.start("run", *options, "--", *command)
+    handler, working, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
+    kill_while_at_work(handler, working)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out) == (0, expected(command)), err
+    assert b"is there again; the program goes on" in err
+    assert open_edm.left_behind() == ({}, [])
+
+
+STRANGER = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+for path in sys.argv[1:]:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        line = socket.socket(socket.AF_UNIX, kind)
+        line.settimeout(20)
+        try:
+            line.connect(path)
+            line.send(b'{"role": "dm-handler", "pid": 1, "event": "error", "message": "said by a stranger"}\\n')
+            print(os.path.basename(path), line.recv(100))
+        except ConnectionError as error:
+            print(os.path.basename(path), type(error).__name__)
+        except PermissionError:
+            print(os.path.basename(path), "may not connect")
+        except OSError as error:
+            if error.errno != 91:  # the wrong type of socket
+                raise
+"""
+
+
+def test_a_stranger_gets_nothing_from_any_socket_whatever_the_umask(open_edm, program):
+    command = (program("working_set"), 8, 10)
+    process = open_edm.start("run", "--transport", "zmq", "--local-memory", "4M", "--", *command, umask=0)
+    wait_for(process.pid, "working_set", "edm: sidecar")
+    sockets = sorted(path for path in open_edm.sockets.rglob("*") if path.is_socket())
+    ran = subprocess.run([sys.executable, "-c", STRANGER, *sockets], capture_output=True, text=True, timeout=60)
+    said = dict(line.split(" ", 1) for line in ran.stdout.splitlines())
+    assert said.keys() == {"capture.sock", "control.sock", "dms.sock", "pages.sock"}, ran.stderr
+    assert said.pop("dms.sock") == "may not connect"
+    assert set(said.values()) <= {"b''", "ConnectionResetError", "BrokenPipeError"}, said
+    out, err = process.communicate(timeout=80)
+    assert (process.returncode, out, err) == (0, expected(command), b"")
+
+
+@pytest.mark.soak
+def test_no_secret_key_is_in_an_environment_a_command_line_or_a_log(edm, program, tmp_path):
+    keys = {}
+    for who in ("server", "client"):
+        (tmp_path / who).mkdir()
+        assert edm("keys", "new", tmp_path / who).status == 0
+        keys[who] = (tmp_path / who / "edm.key").read_text().split()[0]
+    endpoint = f"ipc://{tmp_path}/pages.sock"
+    options = {who: ("-o", f"transport.zmq.key={tmp_path}/{who}/edm.key") for who in keys}
+    clients = ("-o", f"transport.zmq.clients={tmp_path}/client/edm.pub")
+    server = edm.start(
+        "dms", "--listen", endpoint, "--path", tmp_path / "kept", "--log-level", "debug", *options["server"], *clients
+    )
+    assert server.stdout.readline().startswith(b"edm: dms ready at ")
+    command = (program("working_set"), 8, 6)
+    theirs = ("-o", f"transport.zmq.server_key={tmp_path}/server/edm.pub")
+    edm.environment["EDM_INTERNAL_LOG"] = "DEBUG"
+    process = edm.start(
+        *("run", "--dms", endpoint, *options["client"], *theirs, "--keep", "--local-memory", "4M", "--", *command)
+    )
+    wait_for(process.pid, "working_set", "edm: sidecar")
+    told = []
+    for pid in (process.pid, server.pid, *descendants(process.pid)):
+        try:
+            told += [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline")]
+        except OSError:  # it has just ended
+            continue
+    assert len(told) >= 8
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, expected(command)), err
+    server.send_signal(signal.SIGTERM)
+    told += [err, *server.communicate(timeout=30)]
+    kept = [path for place in (edm.files, edm.sockets, tmp_path / "kept") for path in place.rglob("*")]
+    logs = [path for path in kept if path.is_file() and path.suffix in {".log", ".json"}]
+    assert logs
+    told += [path.read_bytes() for path in logs]
+    for secret in keys.values():
+        assert len(secret) == 40
+        assert not any(secret.encode() in text for text in told)

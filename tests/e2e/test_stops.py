@@ -14,7 +14,11 @@ from test_deaths import descendants, wait_for
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 
-VICTIMS = [("inproc", "edm: dm-handler"), ("inproc", "edm: sidecar"), ("zmq", "edm: dms")]
+VICTIMS = [
+    ("inproc", "edm: dm-handler"),
+    pytest.param("inproc", "edm: sidecar", marks=pytest.mark.soak),
+    ("zmq", "edm: dms"),
+]
 FOR_LONG = [
     ("inproc", "edm: dm-handler"),
     ("inproc", "edm: holder"),
@@ -24,6 +28,9 @@ FOR_LONG = [
     pytest.param("mpi", "edm: dms", marks=pytest.mark.mpi),
 ]
 """Not the sidecar: one that does not answer for five seconds is ended."""
+
+
+LONGER_THAN_ANY_DEADLINE_S = 25
 
 
 def state(pid):
@@ -67,4 +74,34 @@ def test_who_is_stopped_for_a_moment_is_not_dead(edm, program, transport, victim
 @pytest.mark.soak
 @pytest.mark.parametrize(("transport", "victim"), FOR_LONG)
 def test_who_is_stopped_for_long_is_not_dead(edm, program, transport, victim):
-    stopped_for(edm, program, transport, victim, 25, 40)
+    stopped_for(edm, program, transport, victim, LONGER_THAN_ANY_DEADLINE_S, 40)
+
+
+def suspended_for(edm, program, transport, seconds, rounds):
+    """All stand still at once, as in a suspended machine; but time goes on, which it does not there."""
+    command = (program("working_set"), 8, rounds)
+    process = edm.start("run", "--transport", transport, "--local-memory", "4M", "--", *command)
+    _, _, sidecar = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
+    time.sleep(0.3)
+    everybody = [process.pid, *descendants(process.pid)]
+    for pid in everybody:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    # In the order in which it would go wrong first: who waits for the others comes before them.
+    for pid in sorted(everybody, key=lambda pid: pid == sidecar):
+        os.kill(pid, signal.SIGCONT)
+    assert Path(f"/proc/{sidecar}").exists()
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, b"")
+    assert out == subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=60).stdout
+    assert edm.left_behind() == ({}, [])
+
+
+def test_after_a_suspend_all_goes_on_as_before(edm, program):
+    suspended_for(edm, program, "inproc", 1.0, 40)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("transport", ["inproc", "zmq", pytest.param("mpi", marks=pytest.mark.mpi)])
+def test_after_a_long_suspend_all_goes_on_as_before(edm, program, transport):
+    suspended_for(edm, program, transport, LONGER_THAN_ANY_DEADLINE_S, 40)

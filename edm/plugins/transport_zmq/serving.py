@@ -102,6 +102,8 @@ class ZmqServing:
         self._socket = self._context.socket(zmq.ROUTER)
         try:
             configure_server(self._socket, options)
+            if self._private:  # whatever the umask has made of its socket file
+                self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
             self.address = " ".join(self._bind(endpoint) for endpoint in self._endpoints(context))
         except EdmError:
             self.close()

@@ -181,13 +181,8 @@ class Session:
             case "holder":
                 self._revival.held(int(details["holder"]), int(details["segment"]))
             case "counters" | "finished":
-                self.counters = details["counters"]
-                self.uncaptured = details.get("uncaptured", self.uncaptured)
-                if "pids" in details:
-                    self._captured_now = details["pids"], float(details["at"])
+                self._take_counters(details)
                 self._finished |= event.event == "finished"
-                if details.get("error"):
-                    self._warn(f"internal: {details['error']}")
             case "warning":
                 self._warn(details["message"])
             case "pids":
@@ -198,6 +193,14 @@ class Session:
                 self._adopt(event.role)
             case "gone":
                 self._gone(event.role, int(details["pid"]))
+
+    def _take_counters(self, details: Mapping[str, Any]) -> None:
+        self.counters = details["counters"]
+        self.uncaptured = details.get("uncaptured", self.uncaptured)
+        if "pids" in details:
+            self._captured_now = details["pids"], float(details["at"])
+        if details.get("error"):
+            self._warn(f"internal: {details['error']}")
 
     def _take_error(self, message: str, details: Mapping[str, Any]) -> None:
         if details.get("lost") and self._plan is not None and "dms" in self._alive:

@@ -60,9 +60,10 @@ def arm(role: str) -> None:
     flag = Path(os.environ.get(VARIABLE, ""))
     if VARIABLE not in os.environ or not flag.is_file():
         return
-    whose, name, action, times = flag.read_text().split()
-    if whose != role:
+    words = flag.read_text().split()
+    if not words or words[0] != role:
         return
+    _whose, name, action, times = words
     known = lib.edm_point_arm(name.encode(), ACTIONS[action], int(times), str(flag).encode()) > 0
     if name in SERVER_POINTS:
         _Armed.name, _Armed.action, _Armed.times, _Armed.flag = name, action, int(times), flag

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import attrs
 
@@ -23,14 +25,37 @@ TIMES = {
 OPS = 2500
 
 
+VICTIMS = {"dm-handler": "edm: dm-handler", "dms": "edm: dms", "sidecar": "edm: sidecar", "app": "stamped"}
+WAIT_S = 60.0
+
+
 @attrs.frozen
 class Death:
-    """What came of one: whether the point was reached, and the program's and EDM's last words."""
+    """What came of one: whether the point was reached, and the program's and EDM's last words.
+
+    status: None when it hung; then the last words end with who waited where.
+    """
 
     reached: bool
-    status: int
+    status: int | None
     out: bytes
     err: str
+
+
+def standing(edm):
+    """Where each process of a run stands, a line each."""
+    lines = []
+    for pid in edm.pids(VICTIMS.values()):
+        try:
+            tasks = [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()]
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            for task in tasks:
+                where = Path(f"/proc/{pid}/task/{task}")
+                state = (where / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                lines.append(f"{name} {pid}/{task} {state} {(where / 'wchan').read_text()}")
+        except OSError:
+            lines.append(f"{pid} has gone")
+    return "\n".join(lines)
 
 
 def victims_of(edm, names, wait_s=5.0):
@@ -44,37 +69,47 @@ def victims_of(edm, names, wait_s=5.0):
     return []
 
 
-def run_with_death(
-    edm, program, point, *, role="dm-handler", victim=None, transport="inproc", times=None, first_death=False
-):
-    """Run the stamped program with one death at `point` of `role`: its own, or another's while it holds still there.
+def strike(edm, victim):
+    """Kill every process of a run that is called so."""
+    for pid in victims_of(edm, (VICTIMS[victim],)):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
 
-    first_death: the DM-Handler is killed before, so that the point of another one's start is reached.
+
+def run_with_death(
+    edm, program, point, *, role="dm-handler", victim=None, transport="inproc", times=None, action="kill"
+):
+    """Run the stamped program with one action at `point` of `role`, or with one death of `victim` while that holds still.
+
+    For a point of taking over the DM-Handler is killed before, so that the point of another one's start is reached.
     """
     flag = edm.directory / "point"
-    times = TIMES.get(point, 5) if times is None else times
-    flag.write_text(f"{role} {point} {'hold' if victim else 'kill'} {times}\n")
+    takeover = point in ADOPTING
+    times = TIMES.get(point, 0 if takeover else 5) if times is None else times
+    flag.write_text(f"{role} {point} {'hold' if victim else action} {times}\n")
     edm.environment[VARIABLE] = str(flag)
     arguments = ["run", "--transport", transport, "--local-memory", "1M", "--write-back", "256K"]
     process = edm.start(*arguments, "--", program, OPS)
-    if first_death:
-        victims_of(edm, ("edm: sidecar",), 40.0)
-        for pid in victims_of(edm, ("edm: dm-handler",)):
-            os.kill(pid, signal.SIGKILL)
-    reached = False
-    if victim:
-        while flag.exists() and process.poll() is None:
-            time.sleep(0.002)
-        reached = not flag.exists()
-        if reached:
-            for pid in victims_of(edm, victim):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            flag.write_text("")
-    out, err = process.communicate(timeout=60)
-    return Death(reached if victim else not flag.exists(), process.returncode, out, err.decode(errors="replace"))
+    if takeover:
+        victims_of(edm, (VICTIMS["sidecar"],), 40.0)
+        strike(edm, "dm-handler")
+    end = time.monotonic() + WAIT_S
+    while victim and flag.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    reached = not flag.exists()
+    if victim and reached:
+        strike(edm, victim)
+        flag.write_text("")
+    try:
+        out, err = process.communicate(timeout=WAIT_S)
+    except subprocess.TimeoutExpired:
+        where = standing(edm)
+        edm.end(process)
+        out, err = process.communicate()
+        return Death(reached or not flag.exists(), None, out, err.decode(errors="replace") + where)
+    return Death(reached or not flag.exists(), process.returncode, out, err.decode(errors="replace"))
 
 
 __all__ = ["ADOPTING", "LIVING", "SERVER_POINTS", "Death", "run_with_death"]

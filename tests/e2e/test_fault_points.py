@@ -23,9 +23,6 @@ def points(names):
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.soak) for name in names]
 
 
-VICTIMS = {"sidecar": ("edm: sidecar",), "dms": ("edm: dms",), "app": ("stamped",)}
-
-
 @pytest.fixture(scope="module")
 def plain(program):
     return subprocess.run([program("stamped"), str(OPS)], capture_output=True, check=True, timeout=60).stdout
@@ -46,7 +43,7 @@ def test_the_dm_handler_dies(edm, program, plain, point):
 
 @pytest.mark.parametrize("point", points(ADOPTING))
 def test_the_dm_handler_dies_while_it_takes_over(edm, program, plain, point):
-    death = run_with_death(edm, program("stamped"), point, times=0, first_death=True)
+    death = run_with_death(edm, program("stamped"), point)
     assert death.reached, f"never came to {point}"
     check(death, plain)
     assert edm.left_behind() == ({}, [])
@@ -60,26 +57,46 @@ def test_the_memory_server_dies(edm, program, plain, point):
     assert edm.left_behind() == ({}, [])
 
 
+def cases(transport):
+    """Each point, and whose it is."""
+    server = "dm-handler" if transport == "inproc" else "dms"
+    return [*(("dm-handler", point) for point in (*LIVING, *ADOPTING)), *((server, point) for point in SERVER_POINTS)]
+
+
+def ended_as_it_must(victim, death, plain):
+    """Only a program that is killed itself may end otherwise than alone: itself, or after a child that was."""
+    if victim == "app" and death.out != plain:
+        return death.status == -9 or (death.status == 1 and b"status 0x9" in death.out)
+    return (death.status, death.out) == (0, plain)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_whoever_dies_wherever(tmp_path_factory, make_edm, program, plain):
-    """Each victim at each point of the DM-Handler, over each transport; what came of it is printed."""
+@pytest.mark.parametrize(
+    ("transport", "victim"),
+    [
+        pytest.param(
+            transport, victim, id=f"{transport}-{victim}", marks=[pytest.mark.mpi] if transport == "mpi" else []
+        )
+        for transport in ("inproc", "zmq", "mpi")
+        for victim in ("dm-handler", "dms", "sidecar", "app")
+        if (transport, victim) != ("inproc", "dms")
+    ],
+)
+def test_whoever_dies_wherever(tmp_path_factory, make_edm, program, plain, transport, victim):
+    """One victim at each point of each process, over one transport; what came of it is printed."""
     outcomes, wrong = Counter(), []
-    for transport in ("inproc", "zmq", "mpi"):
-        for victim in ("dm-handler", "sidecar", "app", *(() if transport == "inproc" else ("dms",))):
-            for point in LIVING:
-                edm = make_edm(tmp_path_factory.mktemp("run"))
-                names = VICTIMS.get(victim)
-                death = run_with_death(edm, program("stamped"), point, victim=names, transport=transport)
-                if victim == "app":  # itself, or a child of its own
-                    good = death.status in {-9, 0, 1} and (death.out in {b"", plain} or b"status 0x9" in death.out)
-                else:
-                    good = (death.status, death.out) == (0, plain)
-                if not (good and death.reached):
-                    wrong.append((transport, victim, point, death))
-                    print(*wrong[-1], flush=True)
-                outcomes[transport, victim, "right" if death.out == plain else "ended"] += 1
-                edm.close()
-    for (transport, victim, outcome), count in sorted(outcomes.items()):
-        print(f"{transport:8} {victim:12} {outcome:8} {count}")
+    for role, point in cases(transport):
+        edm = make_edm(tmp_path_factory.mktemp("run"))
+        himself = role == victim
+        death = run_with_death(
+            edm, program("stamped"), point, role=role, victim=None if himself else victim, transport=transport
+        )
+        left = edm.left_behind()
+        if not (death.reached and ended_as_it_must(victim, death, plain) and left == ({}, [])):
+            wrong.append((point, death.status))
+            print(f"WRONG {transport} {victim} {role} {point}: {death} {left}", flush=True)
+        outcomes["not reached" if not death.reached else "completed" if death.out == plain else "ended"] += 1
+        edm.close()
+    print(f"{transport}, {victim} at {len(cases(transport))} points: {dict(outcomes)}, wrong: {wrong}", flush=True)
     assert not wrong

@@ -1,6 +1,6 @@
-// Threads that write, read, drop, remap and unmap pages of their own, and fork, OPS times each, every page carrying whose
-// it is, which one, and how often it was written. What a page must hold is known at every step, and looked at. Prints one
-// line that is the same wherever its memory is. Exit 1 on a wrong byte.
+// Threads that write, read, drop, remap and unmap pages of their own, and fork, OPS times each, every page carrying which
+// one it is, how often it was written, and by whom: a thread, or a child. What a page must hold is known at every step,
+// and looked at. Prints one line that is the same wherever its memory is. Exit 1 on a wrong byte.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
@@ -16,9 +16,10 @@
 #define THREADS 2
 
 struct owner {
-    uint64_t state, number;
+    uint64_t state, number, looks, forks;
     char *chunk[PAGES / CHUNK];
     uint32_t version[PAGES];  // 0: never written, or dropped
+    uint8_t writer[PAGES];
 };
 
 static uint64_t next(struct owner *o) {
@@ -27,7 +28,7 @@ static uint64_t next(struct owner *o) {
 }
 
 static uint64_t stamp(const struct owner *o, uint64_t page, uint64_t k) {
-    uint64_t x = (o->number << 56) ^ (page << 40) ^ ((uint64_t)o->version[page] << 8) ^ k;
+    uint64_t x = ((uint64_t)o->writer[page] << 56) ^ (page << 40) ^ ((uint64_t)o->version[page] << 8) ^ k;
     x ^= x >> 31;
     x *= 0x9e3779b97f4a7c15ull;
     return o->version[page] ? x ^ x >> 29 : 0;
@@ -35,8 +36,9 @@ static uint64_t stamp(const struct owner *o, uint64_t page, uint64_t k) {
 
 static char *at(const struct owner *o, uint64_t page) { return o->chunk[page / CHUNK] + page % CHUNK * PAGE; }
 
-static void look(const struct owner *o, uint64_t page, const char *where) {
+static void look(struct owner *o, uint64_t page, const char *where) {
     const uint64_t *p = (const uint64_t *)at(o, page);
+    o->looks++;
     for (uint64_t k = 0; k < PAGE / 8; k += 73)
         if (p[k] != stamp(o, page, k)) {
             printf("%s: thread %lu, page %lu, word %lu: %lx instead of %lx (version %u)\n", where, (unsigned long)o->number,
@@ -50,6 +52,7 @@ static void look(const struct owner *o, uint64_t page, const char *where) {
 static void put(struct owner *o, uint64_t page) {
     uint64_t *p = (uint64_t *)at(o, page);
     o->version[page]++;
+    o->writer[page] = (uint8_t)o->number;
     for (uint64_t k = 0; k < PAGE / 8; k++)
         p[k] = stamp(o, page, k);
 }
@@ -101,7 +104,9 @@ static void move(struct owner *o, uint64_t c) {
 static void fork_and_look(struct owner *o) {
     fflush(stdout);
     pid_t child = fork();
+    o->forks++;
     if (child == 0) {
+        o->number = THREADS + 1 + (o->forks * THREADS + o->number) % (256 - THREADS - 1);
         for (uint64_t i = 0; i < PAGES; i++)
             look(o, i, "child");
         for (uint64_t i = 0; i < PAGES; i += 7)
@@ -118,6 +123,7 @@ static void fork_and_look(struct owner *o) {
         fflush(stdout);
         _exit(1);
     }
+    o->looks += PAGES + (PAGES + 4) / 5;  // the child's
 }
 
 static void *work(void *arg) {
@@ -154,7 +160,7 @@ static void *work(void *arg) {
 int main(int argc, char **argv) {
     static struct owner owner[THREADS];
     pthread_t t[THREADS];
-    uint64_t sum = 0;
+    uint64_t sum = 0, looks = 0;
     pthread_barrier_init(&all_there, NULL, THREADS);
     for (uint64_t i = 0; i < THREADS; i++) {
         owner[i].number = i + 1;
@@ -164,9 +170,10 @@ int main(int argc, char **argv) {
     }
     for (int i = 0; i < THREADS; i++) {
         pthread_join(t[i], NULL);
+        looks += owner[i].looks;
         for (uint64_t p = 0; p < PAGES; p++)
             sum = sum * 31 + stamp(&owner[i], p, 7);
     }
-    printf("%d pages, sum %016lx\n", THREADS * PAGES, (unsigned long)sum);
+    printf("%d pages, looked at %lu times, sum %016lx\n", THREADS * PAGES, (unsigned long)looks, (unsigned long)sum);
     return 0;
 }

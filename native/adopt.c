@@ -4,7 +4,9 @@
 // The LSPT is made anew: what is in the outbox is staged, what the pagemap shows is resident, and of a page that is
 // neither the DMS is asked (space.asks). Threads that wait for a fault are woken, and raise it again.
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -248,12 +250,34 @@ static void stop(struct space *s, const char *why) {
         kill(s->pid, SIGKILL);
 }
 
+// Its sidecar, if there is one: by its name, as the number may be another's by now.
+static void sidecar_again(struct space *s, const struct edm_ctl *c) {
+    char path[32], name[16] = {0};
+    s->sidecar_pid = __atomic_load_n(&c->sidecar_pid, __ATOMIC_ACQUIRE);
+    s->sidecar_fd = s->sidecar_pid > 0 ? (int)syscall(SYS_pidfd_open, s->sidecar_pid, 0) : -1;
+    snprintf(path, sizeof path, "/proc/%d/comm", s->sidecar_pid);
+    int fd = s->sidecar_fd >= 0 ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    if (fd < 0)
+        return;
+    bool known = read(fd, name, sizeof name - 1) > 0 && !strcmp(name, SIDECAR_NAME "\n");
+    close(fd);
+    if (!known) {
+        close(s->sidecar_fd);
+        s->sidecar_fd = -1;
+    }
+}
+
 // False when the program has gone, or had to be stopped.
 static bool attach_again(struct space *s) {
     s->pidfd = s->pid > 0 ? (int)syscall(SYS_pidfd_open, s->pid, 0) : -1;
-    if (s->uffd < 0 || (s->pid > 0 && s->pidfd < 0) || pidfd_dead(s->pidfd) || s->ops->gone(s))
-        return false;
     struct edm_ctl *c = s->ctl_fd >= 0 ? ctl_map(s->ctl_fd) : NULL;
+    if (s->uffd < 0 || (s->pid > 0 && s->pidfd < 0) || pidfd_dead(s->pidfd) || s->ops->gone(s)) {
+        // Its sidecar may wait in the kernel for an event to be read, and does not look whether the program lives.
+        if (c)
+            sidecar_again(s, c);
+        s->ctl = c;
+        return false;
+    }
     // One that was handing over when the DM-Handler died: it comes again, and where it does not it is served all the
     // same.
     if (c && __atomic_load_n(&c->sidecar_pid, __ATOMIC_ACQUIRE) <= 0) {
@@ -270,8 +294,7 @@ static bool attach_again(struct space *s) {
         stop(s, "the new DM-Handler cannot look at it");
         return false;
     }
-    s->sidecar_pid = __atomic_load_n(&c->sidecar_pid, __ATOMIC_ACQUIRE);
-    s->sidecar_fd = s->sidecar_pid > 0 ? (int)syscall(SYS_pidfd_open, s->sidecar_pid, 0) : -1;
+    sidecar_again(s, c);
     if (s->sidecar_fd >= 0)
         sidecar_rest(s);
     return true;

@@ -18,6 +18,8 @@
 enum edm_op { EDM_OP_NONE = 0, EDM_OP_MOVE = 1, EDM_OP_EXIT = 2 };
 enum edm_lock { EDM_UNLOCKED = 0, EDM_LOCK_SIDECAR = 1, EDM_LOCK_ENGINE = 2 };
 
+#define SIDECAR_NAME "edm: sidecar"
+
 struct edm_ctl {
     uint32_t magic, size;
     uint32_t req, done;  // futex words: the engine counts req up, the sidecar answers with done = req

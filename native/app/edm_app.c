@@ -223,7 +223,7 @@ static void side_look(struct edm_ctl *c) {
 
 static int sidecar(void *arg) {
     struct edm_ctl *c = arg;
-    CALL6(SYS_prctl, PR_SET_NAME, "edm: sidecar", 0, 0, 0, 0);
+    CALL6(SYS_prctl, PR_SET_NAME, SIDECAR_NAME, 0, 0, 0, 0);
     CALL(SYS_setsid, 0, 0, 0);
     if (c->uffd > 0)
         CALL(SYS_close_range, 0, c->uffd - 1, 0);

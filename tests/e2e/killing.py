@@ -48,11 +48,10 @@ def standing(edm):
     for pid in edm.pids(VICTIMS.values()):
         try:
             tasks = [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()]
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
             for task in tasks:
                 where = Path(f"/proc/{pid}/task/{task}")
-                state = (where / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                lines.append(f"{name} {pid}/{task} {state} {(where / 'wchan').read_text()}")
+                name, rest = (where / "stat").read_text().rsplit(")", 1)
+                lines.append(f"{name}) of {pid}: {rest.split()[0]} {(where / 'wchan').read_text()}")
         except OSError:
             lines.append(f"{pid} has gone")
     return "\n".join(lines)
@@ -69,6 +68,14 @@ def victims_of(edm, names, wait_s=5.0):
     return []
 
 
+def acted(flag, process):
+    """Wait until a process has acted at its point; whether one has."""
+    end = time.monotonic() + WAIT_S
+    while flag.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    return not flag.exists()
+
+
 def strike(edm, victim):
     """Kill every process of a run that is called so."""
     for pid in victims_of(edm, (VICTIMS[victim],)):
@@ -81,26 +88,26 @@ def strike(edm, victim):
 def run_with_death(
     edm, program, point, *, role="dm-handler", victim=None, transport="inproc", times=None, action="kill"
 ):
-    """Run the stamped program with one action at `point` of `role`, or with one death of `victim` while that holds still.
+    """Run the stamped program with one action at `point` of `role`, or with a death of `victim` while that holds still.
 
-    For a point of taking over the DM-Handler is killed before, so that the point of another one's start is reached.
+    victim: one of VICTIMS, or several, one after the other: "app, dm-handler". For a point of taking over a
+    DM-Handler is killed at work before, so that the point of another one's start is reached.
     """
     flag = edm.directory / "point"
     takeover = point in ADOPTING
     times = TIMES.get(point, 0 if takeover else 5) if times is None else times
-    flag.write_text(f"{role} {point} {'hold' if victim else action} {times}\n")
+    line = f"{role} {point} {'hold' if victim else action} {times}\n"
+    flag.write_text("dm-handler batch_committed kill 5\n" if takeover else line)
     edm.environment[VARIABLE] = str(flag)
     arguments = ["run", "--transport", transport, "--local-memory", "1M", "--write-back", "256K"]
     process = edm.start(*arguments, "--", program, OPS)
     if takeover:
-        victims_of(edm, (VICTIMS["sidecar"],), 40.0)
-        strike(edm, "dm-handler")
-    end = time.monotonic() + WAIT_S
-    while victim and flag.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.002)
-    reached = not flag.exists()
-    if victim and reached:
-        strike(edm, victim)
+        assert acted(flag, process)
+        flag.write_text(line)  # before the next one has started
+    reached = bool(victim) and acted(flag, process)
+    if reached:
+        for one in victim.split(", "):
+            strike(edm, one)
         flag.write_text("")
     try:
         out, err = process.communicate(timeout=WAIT_S)

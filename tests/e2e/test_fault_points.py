@@ -57,6 +57,14 @@ def test_the_memory_server_dies(edm, program, plain, point):
     assert edm.left_behind() == ({}, [])
 
 
+def test_nothing_is_left_of_a_program_that_ends_while_nobody_serves_it(edm, program):
+    """Its sidecar waits in the kernel then: for somebody to read that it has emptied staging."""
+    death = run_with_death(edm, program("stamped"), "staging_dropped", victim="app, dm-handler")
+    assert death.reached
+    assert death.status == -9, death.err
+    assert edm.left_behind() == ({}, [])
+
+
 def cases(transport):
     """Each point, and whose it is."""
     server = "dm-handler" if transport == "inproc" else "dms"

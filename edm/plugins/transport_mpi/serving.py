@@ -37,6 +37,8 @@ SEND_TESTS: Final = 200
 """Tests of a reply on its way before turning to other requests: as long as 256 KiB take when the other side polls."""
 DRAIN_S: Final = 2.0
 """How long a server that ends goes on answering what has arrived."""
+GONE_S: Final = 1.0
+"""Longest from the loss of a process's memory until its death is to be seen."""
 LOOK_S: Final = 1.0
 """How often an idle server looks whether its DM-Handlers are still there."""
 
@@ -88,11 +90,18 @@ class MpiServing:
         if self._unsent and not self._room():
             time.sleep(self._options.sleep_us / 1e6)
             return False
+        try:
+            return self._serve(idle_s)
+        except self._mpi.Exception as error:
+            self._failed(error)
+            return False
+
+    def _serve(self, idle_s: float) -> bool:
         result = lib.edm_mpi_serve(self._native, idle_s)
         if result == lib.EDM_MPI_MESSAGE:
             self._take(self._served.rank, self._served.tag, self._served.length)
         elif result == -errno.EIO:
-            self._failed(self._mpi.Exception(self._served.error))
+            raise self._mpi.Exception(self._served.error)
         elif result < 0:
             raise MemoryError
         return bool(result > 0)
@@ -132,11 +141,15 @@ class MpiServing:
         if now - self._looked < LOOK_S:
             return
         self._looked = now
-        for rank in sorted(self.peers):
-            if not self._world.alive(rank):
-                log.warning("the DM-Handler of MPI rank %d has ended without a goodbye", rank)
-                self.peers.discard(rank)
-                self._answerer.forget(rank)
+        self._drop_dead()
+
+    def _drop_dead(self) -> bool:
+        dead = [rank for rank in sorted(self.peers) if not self._world.alive(rank)]
+        for rank in dead:
+            log.warning("the DM-Handler of MPI rank %d has ended without a goodbye", rank)
+            self.peers.discard(rank)
+            self._answerer.forget(rank)
+        return bool(dead)
 
     def _failed(self, error: Any) -> None:
         # Of an MPI that tells of failed processes (ULFM): a receive from anyone fails until that is acknowledged. Where
@@ -150,5 +163,12 @@ class MpiServing:
                 lib.edm_mpi_serving_posted(self._native)
             self._comm.Ack_failed()
             self._looked = 0.0
-        else:
+        elif not self._somebody_gone():
             raise error
+
+    def _somebody_gone(self) -> bool:
+        """Whether a DM-Handler has died: where MPI has no word for it, that is whatever went wrong with a message."""
+        end = time.monotonic() + GONE_S
+        while not (gone := self._drop_dead()) and time.monotonic() < end:
+            time.sleep(GONE_S / 20)
+        return gone

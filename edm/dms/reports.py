@@ -1,8 +1,8 @@
 """Whom the DMS tells that it is ready, or why it is not: the launcher, systemd, or a person reading a line.
 
-The launcher listens on RUN_DIR/control.sock and reads JSON lines: {"role", "pid", "event": "ready"}, or the event
-"error" with a "message" and whether it is a "mistake" of the user's. The connection's end is how the DMS learns that
-the launcher is gone.
+The launcher listens on RUN_DIR/control.sock and reads JSON lines: {"role", "pid", "event": "started"}, then "ready", or
+the event "error" with a "message" and whether it is a "mistake" of the user's. The connection's end is how the DMS
+learns that the launcher is gone.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class LauncherReports:
         self._role = role
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.connect(str(path))
+        self._send({"event": "started"})
 
     def ready(self, where: str) -> None:
         """See `Reports`."""

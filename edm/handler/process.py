@@ -322,6 +322,7 @@ def run(run_dir: Path) -> int:
         config = Config.read(run_dir / "config.json")
         give_up_privileges(config)
         launcher.listen()
+        launcher.say("started")
         faultpoints.arm("dm-handler")
         handler = DmHandler(config, run_dir, launcher, inherited(run_dir))
         launcher.say("ready", instances=handler.instances, environment=handler.source.prepare({}))

@@ -38,6 +38,7 @@ class Revival:
         self._bereaved_at: float | None = None
         self._holder_fd = -1
         self._segment = -1
+        self._lost: dict[int, float] = {}
         self.instances: Sequence[int] = ()
         self.started: dict[int, subprocess.Popen[bytes]] = {}
         self.why_not = ""
@@ -85,6 +86,7 @@ class Revival:
         """What was begun has failed, and is not tried again by itself."""
         self._began = None
         self.started.clear()
+        self._lost.clear()
 
     def again(self) -> bool:
         """What was started has ended before it was ready: whether to try once more."""
@@ -104,9 +106,20 @@ class Revival:
             self._bereaved_at = time.monotonic()
         return time.monotonic() - self._bereaved_at < REST_S
 
-    def overdue(self) -> bool:
+    def lost(self, number: int) -> None:
+        """Note that of a command which was started again somebody has died before it was ready."""
+        self._lost[number] = time.monotonic()
+
+    def overdue(self, number: int, process: subprocess.Popen[bytes]) -> bool:
         """Whether what was started together with the dead should have ended by now."""
-        return self._began is not None and time.monotonic() - self._began > REST_S
+        since = self._lost.get(number) if self.started.get(number) is process else self._began
+        return since is not None and time.monotonic() - since > REST_S
+
+    def restarted(self, number: int, process: subprocess.Popen[bytes]) -> None:
+        """Note that a command was started again: the time it may take begins."""
+        self.started[number] = process
+        self._lost.pop(number, None)
+        self._began = time.monotonic()
 
     def late(self) -> bool:
         """Whether it takes longer than anybody should wait for."""
@@ -116,6 +129,7 @@ class Revival:
         """All are ready; whether something had died."""
         was, self._began = self._began is not None, None
         self.started.clear()
+        self._lost.clear()
         return was
 
     def end_holder(self) -> None:

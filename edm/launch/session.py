@@ -176,6 +176,8 @@ class Session:
     def _take(self, event: Event) -> None:
         details = event.details
         match event.event:
+            case "started" if self._revival.under_way:
+                self._watch(event.role, int(details["pid"]))
             case "ready":
                 self._ready(event.role, details)
             case "holder":
@@ -244,6 +246,9 @@ class Session:
         }
         with_handler = "dm-handler" in together
         if self._ready_once and self._revival.begin(with_handler=with_handler):
+            for number, command in enumerate(self._plan.commands):
+                if role in roles_of(command) and number in self._revival.started:
+                    self._revival.lost(number)
             self._waiting_for.add(role)
             self._warn_each(f"{why}; starting another, the program waits meanwhile")
         elif self._ready_once and self._waits and self._revival.possible(with_handler=with_handler):
@@ -302,7 +307,7 @@ class Session:
                 continue
             if process.poll() is None:
                 # Started and not ready yet; or an MPI job of which a rank has died, and which ends in a moment.
-                if self._revival.started.get(number) is not process and self._revival.overdue():
+                if self._revival.overdue(number, process):
                     processes.send_group(process.pid, signal.SIGKILL)
                 if self._revival.late():
                     processes.send_group(process.pid, signal.SIGKILL)
@@ -317,9 +322,12 @@ class Session:
             for role in roles & set(self._alive):
                 os.close(self._alive.pop(role)[1])
             self._waiting_for |= roles
-            self._processes[number] = self._revival.started[number] = self._start(command)
+            self._processes[number] = self._start(command)
+            self._revival.restarted(number, self._processes[number])
 
     def _watch(self, role: str, pid: int) -> None:
+        if role in self._alive:
+            os.close(self._alive.pop(role)[1])
         try:
             self._alive[role] = (pid, os.pidfd_open(pid))
         except ProcessLookupError:

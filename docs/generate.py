@@ -1,4 +1,4 @@
-"""Write the parts of the documentation that are in the code already: docs/cli.md, and the tables of configuration.md.
+"""Write the parts of the documentation that are in the code already: docs/cli.md, and tables in other pages.
 
 `make docs` writes them; with --check it only says what would change, and fails if anything would.
 """
@@ -16,6 +16,7 @@ import click
 from edm import cli
 from edm.config.arguments import shown_default
 from edm.config.settings import SECTIONS, setting_fields
+from edm.faultpoints import points
 from edm.hookspecs import Hooks
 from edm.registry import KINDS, Registry
 
@@ -87,6 +88,14 @@ def hooks_table() -> str:
     return "\n".join(rows)
 
 
+def points_table() -> str:
+    """Every fault point."""
+    rows = ["| | point | reached when | `fail` | `corrupt` |", "| --- | --- | --- | --- | --- |"]
+    for number, point in enumerate(points(), 1):
+        rows.append(f"| {number} | `{point.name}` | {point.what} | {point.fails} | {point.damaged} |")
+    return "\n".join(rows)
+
+
 def hook_heading(hook: str) -> str:
     """The heading a hook must have in plugins.md: its exact signature."""
     function = getattr(Hooks, hook)
@@ -109,11 +118,12 @@ def pages() -> dict[Path, str]:
     """Every generated page's path and what it should say."""
     configuration = DOCS / "configuration.md"
     text = with_generated(configuration.read_text(), "settings", settings_table())
-    plugins = DOCS / "plugins.md"
+    plugins, reliability = DOCS / "plugins.md", DOCS / "reliability.md"
     return {
         DOCS / "cli.md": cli_page(),
         configuration: with_generated(text, "options", options_tables()),
         plugins: with_generated(plugins.read_text(), "hooks", hooks_table()),
+        reliability: with_generated(reliability.read_text(), "points", points_table()),
     }
 
 

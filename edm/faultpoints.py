@@ -1,9 +1,9 @@
-"""Fault points: named places where a test kills, delays, fails or stops one of EDM's processes. Off unless armed.
+"""Fault points: named places where a test kills, delays, stops, fails or damages something of a process of EDM's.
 
 The C core's are in native/points.h; those of the memory server are named here, since it has some of them in C and in
 Python, whichever carries a request out. `EDM_INTERNAL_POINT` names a file with
 one line, "ROLE POINT ACTION TIMES"; the process of that role acts once, when it has passed the point so many times, and
-removes the file. With the action "hold" it then waits until the file is there again.
+removes the file. With the action "hold" it then waits until the file is there again. Off unless armed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from edm._native import ffi, lib
 from edm.errors import StoreError, UsageError
@@ -23,19 +23,34 @@ ACTIONS: Final = {
     "delay": lib.EDM_POINT_DELAY,
     "fail": lib.EDM_POINT_FAIL,
     "hold": lib.EDM_POINT_HOLD,
+    "corrupt": lib.EDM_POINT_CORRUPT,
 }
-SERVER_POINTS: Final = (
-    "pages_asked",
-    "pages_put",
-    "pages_recorded",
-    "pages_synced",
-    "pages_committed",
-    "change_begun",
-    "change_made",
-    "change_committed",
-)
 DELAY_S: Final = 0.2
 HOLD_S: Final = 30.0
+
+
+class Point(NamedTuple):
+    """A point: its name, what has just come or is about to, what fails there, and what is damaged ("": nothing)."""
+
+    name: str
+    what: str
+    fails: str = ""
+    damaged: str = ""
+
+    @property
+    def actions(self) -> list[str]:
+        """What can be done there."""
+        return [
+            action for action in ACTIONS if (action != "fail" or self.fails) and (action != "corrupt" or self.damaged)
+        ]
+
+
+_STORE: Final = "the store says that it cannot"
+_CHANGES: Final = (
+    Point("change_begun", "a fork, remap, removal or end is to change the SPT", _STORE),
+    Point("change_made", "it has, and that is not noted", _STORE),
+    Point("change_committed", "the change lasts", _STORE),
+)
 
 
 class _Armed:
@@ -47,16 +62,20 @@ class _Armed:
     flag = Path()
 
 
-def native_points() -> list[str]:
-    """The names of the DM-Handler's points in the C core, in the order of their numbers."""
-    names: list[str] = []
-    while (name := lib.edm_point_name(len(names) + 1)) != ffi.NULL:
-        names.append(ffi.string(name).decode())
-    return [name for name in names if name not in SERVER_POINTS]
+def points() -> list[Point]:
+    """All points in the order of their numbers, those of the C core first."""
+    found: list[Point] = []
+    while (text := lib.edm_point_text(len(found) + 1)) != ffi.NULL:
+        words = (text.name, text.what, text.fails, text.damaged)
+        found.append(Point(*("" if word == ffi.NULL else ffi.string(word).decode() for word in words)))
+    return [*found, *_CHANGES]
 
 
 def arm(role: str) -> None:
-    """Arm the point that the environment names, if it is one of this role's; raises `UsageError` for no such point."""
+    """Arm the point that the environment names, if it is one of this role's.
+
+    Raises `UsageError` where there is no such point, or that cannot be done there.
+    """
     flag = Path(os.environ.get(VARIABLE, ""))
     if VARIABLE not in os.environ or not flag.is_file():
         return
@@ -64,23 +83,24 @@ def arm(role: str) -> None:
     if not words or words[0] != role:
         return
     _whose, name, action, times = words
-    known = lib.edm_point_arm(name.encode(), ACTIONS[action], int(times), str(flag).encode()) > 0
-    if name in SERVER_POINTS:
-        _Armed.name, _Armed.action, _Armed.times, _Armed.flag = name, action, int(times), flag
-    elif not known:
-        raise UsageError(f"{VARIABLE}: there is no fault point '{name}'")
+    point = next((point for point in points() if point.name == name), None)
+    if point is None or action not in point.actions:
+        raise UsageError(f"{VARIABLE}: there is no fault point '{name}', or it cannot {action}")
+    if point not in _CHANGES and lib.edm_point_arm(name.encode(), ACTIONS[action], int(times), str(flag).encode()) < 0:
+        raise UsageError(f"{VARIABLE}: the name of the file is too long: {flag}")
+    _Armed.name, _Armed.action, _Armed.times, _Armed.flag = name, action, int(times), flag
 
 
-def reached(name: str) -> None:
-    """This process is at a point; raises `StoreError` where it is to fail there."""
+def reached(name: str) -> bool:
+    """This process is at a point; whether the caller is to damage something. Raises `StoreError` to fail."""
     if _Armed.name != name:
-        return
+        return False
     _Armed.times -= 1
     if _Armed.times >= 0:
-        return
+        return False
     _Armed.name = ""
     if not _Armed.flag.exists():
-        return  # the same point of the C core has acted
+        return False  # the same point of the C core has acted
     _Armed.flag.unlink()
     if _Armed.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -90,5 +110,6 @@ def reached(name: str) -> None:
         end = time.monotonic() + HOLD_S
         while not _Armed.flag.exists() and time.monotonic() < end:
             time.sleep(0.005)
-    else:
+    elif _Armed.action == "fail":
         raise StoreError(f"failed at the fault point {name}")
+    return _Armed.action == "corrupt"

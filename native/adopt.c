@@ -62,8 +62,7 @@ static int descriptors_take(struct edm_engine *g, int holder, uint32_t old) {
             }
     }
     g->turn = now;
-    point(POINT_adopt_taken);
-    return 0;
+    return point_fails(POINT_adopt_taken, NULL) ? -EMFILE : 0;
 }
 
 // A DM-Handler that died while it adopted may have come as far as a holder of its own: then that one is up to date.

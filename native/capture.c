@@ -216,7 +216,11 @@ static void hand_over(struct edm_engine *g, int sock) {
     if (!c || (hello.kind == EDM_HELLO_NEW && fds[1] < 0))
         goto out;
     pthread_mutex_lock(&g->mu);
-    point(POINT_hello);
+    if (point_fails(POINT_hello, NULL)) {
+        pthread_mutex_unlock(&g->mu);
+        munmap(c, EDM_CTL_BYTES);
+        goto out;
+    }
     struct space *s;
     if (hello.kind == EDM_HELLO_NEW) {
         s = admit_new(g, cred.pid, c, fds, &error);
@@ -304,6 +308,7 @@ static bool look_at_spaces(struct edm_engine *g) {
             i = (uint32_t)-1;  // the table has changed
             continue;
         }
+        s->unwatched = s->unwatched && uffd_watch(s);
         order_settle(g, s);
         hints_look(g, s);
         changed |= s->ready && space_sweep(s);

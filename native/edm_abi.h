@@ -250,14 +250,21 @@ void edm_engine_admit_below(struct edm_engine *engine, int32_t pid);
 int edm_holder_start(int32_t launcher_pid, bool waits);
 
 /* ---- fault points (native/points.h): for tests ---- */
-#define EDM_POINT_KILL 1  /* SIGKILL for this process */
-#define EDM_POINT_DELAY 2 /* 200 ms */
-#define EDM_POINT_FAIL 3  /* what is done there fails, where it can */
-#define EDM_POINT_HOLD 4  /* wait until `flag` is there again */
-/* The name of a point, counted from 1; NULL behind the last. */
-const char *edm_point_name(int number);
+#define EDM_POINT_KILL 1    /* SIGKILL for this process */
+#define EDM_POINT_DELAY 2   /* 200 ms */
+#define EDM_POINT_FAIL 3    /* what is done there fails, where it can */
+#define EDM_POINT_HOLD 4    /* wait until `flag` is there again */
+#define EDM_POINT_CORRUPT 5 /* a bit of what is there is turned over, where it can be */
+struct edm_point_text {
+    const char *name;
+    const char *what;    /* has just come, or is about to */
+    const char *fails;   /* NULL: nothing can */
+    const char *damaged; /* NULL: nothing is */
+};
+/* A point by its number, counted from 1; NULL behind the last. */
+const struct edm_point_text *edm_point_text(int number);
 /* Arm one point of this process: it acts once, after it was passed `times` times, and removes the file `flag` when it
-   does. Its number, -ENOENT or -EINVAL. */
+   does. Its number; -ENOENT; -EINVAL also where it cannot do that. */
 int edm_point_arm(const char *name, int what, int times, const char *flag);
 
 /* ---- replayed faults (native/replay.c): a program's touches, without userfaultfd ------------------------------- */

@@ -186,7 +186,8 @@ struct space {
     bool adopting;
     bool forked;     // its uffd came with a FORK event
     bool inherited;  // … when some of the parent's pages were away, or stored and perhaps the same as here
-    bool asks;    // adopted: only the DMS knows what it has of the pages that are not there
+    bool unwatched;  // … and no worker is told of its faults yet
+    bool asks;       // adopted: only the DMS knows what it has of the pages that are not there
     struct lspt lspt;
     struct ranges known;     // registered
     struct ranges doubtful;  // of those, registered while an event was unread
@@ -444,6 +445,8 @@ void events_again(struct edm_engine *g, struct space *s);
 
 // ---- faults.c [5, 12-15]
 void fault_take(struct edm_engine *g, int worker, struct fault f);
+bool staged_intact(struct edm_engine *g, const struct outbox_item *o);
+bool staged_lost(struct edm_engine *g, struct space *s, uint64_t page, struct lspt_entry *e);
 bool fetch_ask(struct edm_engine *g, struct worker *w, struct space *s, uint64_t page, struct lspt_entry *e,
                uint32_t flags, bool protect);
 void fetch_cancel(struct edm_engine *g, uint32_t slot);

@@ -113,6 +113,12 @@ static void event_mark(struct space *s, uint64_t committed, uint32_t at) {
     __atomic_store_n(&s->state->event_mark, committed * EVENT_AT + at, __ATOMIC_RELEASE);
 }
 
+// The same moment of a fork, of a remap, and of all others.
+#define POINT_OF_EVENT(m, moment)                                \
+    point((m).event == UFFD_EVENT_FORK    ? POINT_fork_##moment  \
+          : (m).event == UFFD_EVENT_REMAP ? POINT_remap_##moment \
+                                          : POINT_event_##moment)
+
 // From number `from` on; what is killed on the way is taken up there by the next DM-Handler.
 static void events_apply(struct edm_engine *g, struct space *s, uint32_t from, uint32_t n) {
     const struct uffd_msg *m = s->state->event;
@@ -120,13 +126,13 @@ static void events_apply(struct edm_engine *g, struct space *s, uint32_t from, u
         if (!space_event(s, &m[i]))
             continue;
         event_mark(s, g->seq, i);
-        point(POINT_event_begun);
+        POINT_OF_EVENT(m[i], begun);
         event_apply(g, s, &m[i]);
         if (s->late && !s->dead)
             order_catch_up(g, s, false);
-        point(POINT_event_applied);
+        POINT_OF_EVENT(m[i], applied);
         state_commit(g);
-        point(POINT_event_committed);
+        POINT_OF_EVENT(m[i], committed);
         event_mark(s, NOT_YET, i + 1);
     }
 }

@@ -9,7 +9,8 @@
 #include "crc32c.h"
 
 #define MAX_TRIES 4
-#define STATUS_LOST 3  // edm.types.GetStatus.LOST
+#define STATUS_ERROR 2  // edm.types.GetStatus
+#define STATUS_LOST 3
 
 static bool room(const struct edm_engine *g, const struct space *s) {
     return !g->limit || g->resident + g->inbound < g->limit + g->grace || space_whole(s);
@@ -68,7 +69,7 @@ static void take_new(struct edm_engine *g, struct fault f, bool believed_residen
     if (!believed_resident && !space_asks(f.space))
         ahead_fill(g, f);
     f.thread = 0;
-    int r = point(POINT_new_page) ? -ENOMEM : fill_new(g, f);
+    int r = point_fails(POINT_new_page, NULL) ? -ENOMEM : fill_new(g, f);
     point(POINT_new_page_filled);
     if (r == 1) {
         g->count.zero_fills++;
@@ -101,13 +102,40 @@ static void take_protected(struct edm_engine *g, struct fault f, struct lspt_ent
     }
 }
 
+bool staged_intact(struct edm_engine *g, const struct outbox_item *o) {
+    return edm_crc32c(write_slot_data(g, o->slot), PAGE_SIZE_) == o->checksum;
+}
+
+// Not what left the program any more, and there is no other copy: SIGBUS there, never other bytes. False: not yet.
+bool staged_lost(struct edm_engine *g, struct space *s, uint64_t page, struct lspt_entry *e) {
+    struct outbox_item *o = outbox_item_at(g, e->where);
+    uint32_t sum = edm_crc32c(write_slot_data(g, o->slot), PAGE_SIZE_);
+    int r = s->ops->poison(s, page);
+    if (r && r != -EEXIST)
+        return false;
+    g->count.lost++;
+    s->lost++;
+    engine_error(g, "page %#lx of region %#lx is lost: checksum %#x instead of %#x in the write-back buffer",
+                 (unsigned long)page, (unsigned long)s->region, sum, o->checksum);
+    outbox_cancel(g, e->where);
+    e->state = PS_NEW;
+    e->where = 0;
+    return true;
+}
+
 static void take_staged(struct edm_engine *g, struct fault f, struct lspt_entry *e) {
     uint64_t id = e->where;
     struct outbox_item *o = outbox_item_at(g, id);
+    uint8_t *data = write_slot_data(g, o->slot);
+    bool fails = point_fails(POINT_rescue_begun, data);
+    if (!staged_intact(g, o)) {
+        if (!staged_lost(g, f.space, f.page, e))
+            queue_fault(&g->retry, f);
+        return;
+    }
     o->rescuing = true;
     STATE_BARRIER();
-    point(POINT_rescue_begun);
-    int r = f.space->ops->copy(f.space, f.page, 1, write_slot_data(g, o->slot), false);
+    int r = fails ? -ENOMEM : f.space->ops->copy(f.space, f.page, 1, data, false);
     point(POINT_rescue_copied);
     if (r != 1)
         o->rescuing = false;
@@ -453,8 +481,8 @@ int edm_resolve(struct edm_engine *g, int worker, int n) {
         return -EINVAL;
     struct worker *w = &g->worker[worker];
     bool intact[MAX_FETCH];
-    if (point(POINT_fetch_answered))
-        w->pages[0] ^= 1;
+    if (point_fails(POINT_fetch_answered, w->pages))
+        w->refs[0].status = STATUS_ERROR;
     for (int i = 0; i < n; i++)
         intact[i] =
             w->refs[i].status != 1 || edm_crc32c(w->pages + (size_t)i * PAGE_SIZE_, PAGE_SIZE_) == w->refs[i].checksum;

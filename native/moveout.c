@@ -194,8 +194,7 @@ uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batc
         b->w[k].leaf->moving = true;
     batch_begins(s, b);
     pthread_mutex_unlock(&g->mu);
-    point(POINT_batch_begun);
-    int r = s->ops->move_out(s, b);
+    int r = point_fails(POINT_batch_begun, NULL) ? -ENOMEM : s->ops->move_out(s, b);
     point(POINT_batch_moved);
     pthread_mutex_lock(&g->mu);
     if (r == -EAGAIN)
@@ -207,6 +206,8 @@ uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batc
     point(POINT_batch_read);
     for (uint32_t i = 0; i < b->nread; i++)
         b->check[i] = edm_crc32c(b->into[i], PAGE_SIZE_);
+    if (b->nread)
+        point_fails(POINT_batch_summed, b->into[0]);
     pthread_mutex_lock(&g->mu);
     uint64_t freed = batch_apply(g, s, b, r == 0);
     s->batch_busy = false;

@@ -21,20 +21,28 @@ static int action;
 static _Atomic int after;
 static char flag[256];
 
-static const char *const names[] = {
-    "",
-#define EDM_POINT(name) #name,
+static const struct edm_point_text texts[] = {
+    {0},
+#define EDM_POINT(name, what, fails, damaged) {#name, what, fails, damaged},
 #include "points.h"
 #undef EDM_POINT
 };
 
-const char *edm_point_name(int number) { return number > 0 && number < POINT_COUNT ? names[number] : NULL; }
+const struct edm_point_text *edm_point_text(int number) {
+    return number > 0 && number < POINT_COUNT ? &texts[number] : NULL;
+}
+
+static bool can(const struct edm_point_text *t, int what) {
+    return what == EDM_POINT_FAIL ? t->fails != NULL : what != EDM_POINT_CORRUPT || t->damaged;
+}
 
 int edm_point_arm(const char *name, int what, int times, const char *flag_file) {
-    if (what < EDM_POINT_KILL || what > EDM_POINT_HOLD || strlen(flag_file) >= sizeof flag)
+    if (what < EDM_POINT_KILL || what > EDM_POINT_CORRUPT || strlen(flag_file) >= sizeof flag)
         return -EINVAL;
     for (int i = 1; i < POINT_COUNT; i++)
-        if (!strcmp(names[i], name)) {
+        if (!strcmp(texts[i].name, name)) {
+            if (!can(&texts[i], what))
+                return -EINVAL;
             strcpy(flag, flag_file);
             action = what;
             atomic_store(&after, times);
@@ -49,25 +57,32 @@ static void sleep_ms(int ms) {
     nanosleep(&t, NULL);
 }
 
-bool point_reached(enum edm_point which) {
+int point_reached(enum edm_point which) {
     if (atomic_fetch_sub(&after, 1) > 0)
-        return false;
+        return 0;
     point_armed = POINT_NONE;
     (void)which;
     unlink(flag);  // whoever is started in our place goes past it
     switch (action) {
     case EDM_POINT_KILL:
         kill(getpid(), SIGKILL);
-        return false;
+        return 0;
     case EDM_POINT_DELAY:
         sleep_ms(DELAY_MS);
-        return false;
+        return 0;
     case EDM_POINT_HOLD:
         // The test has seen the file go, does what it wants to, and puts it back.
         for (int i = 0; i < HOLD_MS / 5 && access(flag, F_OK); i++)
             sleep_ms(5);
-        return false;
+        return 0;
     default:
-        return true;
+        return action;
     }
+}
+
+bool point_failed(enum edm_point which, uint8_t *page) {
+    int does = point_reached(which);
+    if (does == EDM_POINT_CORRUPT)
+        page[0] ^= 1;
+    return does == EDM_POINT_FAIL;
 }

@@ -1,19 +1,30 @@
-// Fault points: named places where a test stops, ends, delays or fails this process. Off, each costs one comparison.
+// Fault points: named places where a test stops, ends, delays, fails or damages something of this process. Off, each
+// costs one comparison.
 #pragma once
 #include <stdbool.h>
+#include <stdint.h>
 
 enum edm_point {
     POINT_NONE = 0,
-#define EDM_POINT(name) POINT_##name,
+#define EDM_POINT(name, what, fails, damaged) POINT_##name,
 #include "points.h"
 #undef EDM_POINT
     POINT_COUNT
 };
 
 extern int point_armed;
-// What the armed point does; true: the caller is to fail.
-bool point_reached(enum edm_point which);
+// Does what the armed point does; EDM_POINT_FAIL or _CORRUPT where that is the caller's to do, else 0.
+int point_reached(enum edm_point which);
 
-static inline bool point(enum edm_point which) {
-    return __builtin_expect(point_armed == (int)which, 0) && point_reached(which);
+// Where nothing can fail.
+static inline void point(enum edm_point which) {
+    if (__builtin_expect(point_armed == (int)which, 0))
+        point_reached(which);
+}
+
+// True: the caller is to fail. A bit of `page` is turned over where that is what the point does.
+bool point_failed(enum edm_point which, uint8_t *page);
+
+static inline bool point_fails(enum edm_point which, uint8_t *page) {
+    return __builtin_expect(point_armed == (int)which, 0) && point_failed(which, page);
 }

@@ -54,7 +54,7 @@ static bool read_pages(struct edm_server *s, const struct edm_page_ref *refs, ui
 }
 
 int edm_server_get(struct edm_server *s, uint32_t instance, struct edm_page_ref *refs, size_t n, void *into) {
-    if (s->closed || n > BATCH || edm_refs_foreign(refs, n, instance) || point(POINT_pages_asked))
+    if (s->closed || n > BATCH || edm_refs_foreign(refs, n, instance) || point_fails(POINT_pages_asked, NULL))
         return -EAGAIN;
     size_t found = edm_spt_lookup(s->spt, refs, n, s->slots);
     bool ok = true;
@@ -67,6 +67,8 @@ int edm_server_get(struct edm_server *s, uint32_t instance, struct edm_page_ref 
         return -EAGAIN;
     s->count.gets += n;
     s->count.found += found;
+    if (found)
+        (void)point_fails(POINT_pages_found, into);
     return 0;
 }
 
@@ -116,23 +118,26 @@ int edm_server_evict(struct edm_server *s, uint32_t instance, struct edm_page_re
         return -EAGAIN;
     for (uint32_t i = 0; i < n; i++)
         s->sums[i] = refs[i].checksum;
+    if (point_fails(POINT_pages_screened, (uint8_t *)(uintptr_t)pages))
+        return -EAGAIN;
     if (s->pages->put(s->pages->self, pages, s->sums, n, s->slots))
         return -EAGAIN;
-    if (point(POINT_pages_put) || edm_spt_record(s->spt, refs, s->slots, n)) {
+    if (point_fails(POINT_pages_put, NULL) || edm_spt_record(s->spt, refs, s->slots, n)) {
         s->pages->release(s->pages->self, s->slots, n);
         return -EAGAIN;
     }
     uint64_t *gone = s->waiting + s->waiting_count;
     size_t gone_count = edm_spt_gone(s->spt, gone);
     s->waiting_count += gone_count;
-    if (point(POINT_pages_recorded) || point(POINT_pages_synced) ||
+    if (point_fails(POINT_pages_recorded, NULL) || point_fails(POINT_pages_synced, NULL) ||
         (s->journal && edm_journal_record(s->journal, refs, s->slots, n)))
         return not_saved(s, refs, n);
     if (!s->lazy) {
         s->waiting_count -= gone_count;
         s->pages->release(s->pages->self, gone, (uint32_t)gone_count);
     }
-    (void)point(POINT_pages_committed);
+    if (point_fails(POINT_pages_committed, NULL))
+        return -EAGAIN;
     for (uint32_t i = 0; i < n; i++)
         refs[i].status = 0;
     s->count.stored += n;

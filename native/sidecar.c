@@ -208,7 +208,9 @@ void sidecar_read_out(struct space *s, struct move_batch *b) {
             rest = (struct iovec){(char *)run[at].iov_base + cut, run[at].iov_len - cut};
             run[at].iov_len = cut;
         }
-        if (!read_from_either(s, to, n, run + first, at - first + (cut > 0)) && !pidfd_dead(s->pidfd))
+        bool read =
+            !point_fails(POINT_batch_reading, NULL) && read_from_either(s, to, n, run + first, at - first + (cut > 0));
+        if (!read && !pidfd_dead(s->pidfd))
             stop_program(s, "its staging area cannot be read");
         if (cut)
             run[at] = rest;

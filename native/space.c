@@ -364,6 +364,7 @@ void space_retire(struct space *s) {
     state_commit(g);
     point(POINT_retire_told);
     state_space_gone(g, s);
+    point(POINT_retire_over);
     if (s->parent) {
         space_unref(s->parent);
         s->parent = NULL;

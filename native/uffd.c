@@ -169,7 +169,10 @@ static int forked(struct space *child, const struct uffd_msg *m) {
         return -errno;
     // Not what the parent knows: mappings that were registered between the fork and this event are not in the child's
     // uffd, and the kernel would let pages go from there that it then fills with zeros. The first sweep finds out.
-    return uffd_watch(child);
+    // Without its uffd the child would read zeros: where it cannot be watched it waits, and the capture thread tries
+    // again.
+    child->unwatched = point_fails(POINT_fork_watched, NULL) || uffd_watch(child);
+    return 0;
 }
 
 // Nothing is ever mapped at the second page: ENOENT while the address space lives, ESRCH when it is gone.

@@ -177,6 +177,15 @@ static bool evict_here(struct edm_engine *g, const struct edm_outbox *out) {
     return carried;
 }
 
+// Taken for refused by the memory server, without asking it.
+static void evictions_refuse(struct edm_engine *g, const struct edm_outbox *out) {
+    for (int i = 0; i < out->n; i++)
+        out->refs[i].status = 1;
+    pthread_mutex_unlock(&g->mu);
+    edm_outbox_done(g, out);
+    pthread_mutex_lock(&g->mu);
+}
+
 static bool outbox_due(struct edm_engine *g) {
     if (!g->head)
         return false;
@@ -205,6 +214,10 @@ int edm_outbox_poll(struct edm_engine *g, struct edm_outbox *out, int timeout_us
             struct outbox_item *o = ITEM(g, g->head);
             if (o->kind == EDM_OUT_EVICT) {
                 outbox_fill_evictions(g, out);
+                if (point_fails(POINT_evictions_taken, g->out_pages)) {
+                    evictions_refuse(g, out);
+                    continue;
+                }
             } else {
                 g->out_item[0] = outbox_take(g);
                 g->out_n = 1;
@@ -272,16 +285,26 @@ static void eviction_done(struct edm_engine *g, struct outbox_item *o) {
     write_slot_put(g, o->slot);
 }
 
+// A page that was refused because it is not what left the program is given up here, or it would be refused for ever.
+static bool damaged(struct edm_engine *g, const struct outbox_item *o) {
+    struct lspt_entry *e = lspt_entry(&o->space->lspt, o->page);
+    bool ours = e && e->state == PS_STAGED && ITEM(g, e->where) == o;
+    return ours && !staged_intact(g, o) && staged_lost(g, o->space, o->page, e);
+}
+
 void edm_outbox_done(struct edm_engine *g, const struct edm_outbox *out) {
     uint32_t failed[EDM_OUTBOX_BATCH], nfailed = 0;
     pthread_mutex_lock(&g->mu);
     point(POINT_outbox_acknowledged);
+    if (out->kind == EDM_OUT_EVICT && point_fails(POINT_evictions_acknowledged, NULL))
+        for (uint32_t i = 0; i < g->out_n; i++)
+            out->refs[i].status = 1;
     for (uint32_t i = 0; i < g->out_n; i++) {
         struct outbox_item *o = ITEM(g, g->out_item[i]);
         if (o->kind == EDM_OUT_EVICT && out->refs[i].status != 0) {
             g->count.write_failures++;
             note_stored(o);  // a refused page may have been kept all the same
-            if (o->state == OB_SENT) {
+            if (o->state == OB_SENT && !damaged(g, o)) {
                 failed[nfailed++] = g->out_item[i];
                 continue;
             }

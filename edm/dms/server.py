@@ -124,13 +124,13 @@ class MemoryServer:
         slots = self._slots[:count] if count <= MAX_BATCH_PAGES else np.empty(count, np.uint64)
         counters = self.counters
         counters.gets += count
-        reached("pages_asked")
         if lib.edm_refs_foreign(refs_at(refs), count, instance):
             return self._get_checked(instance, refs, into)
         found = self._answer(refs, slots)
         counters.new += count - found
         if found == count:
             try:
+                reached("pages_asked")
                 self.pages.get(slots, into)
                 if lib.edm_spt_check(refs_at(refs), ffi.from_buffer(into), count) == count:
                     counters.found += count
@@ -273,6 +273,8 @@ class MemoryServer:
 
     def _store(self, refs: PageRefs, pages: memoryview) -> None:
         checksums = np.ascontiguousarray(refs["checksum"])
+        if reached("pages_screened"):
+            pages = memoryview(bytes([pages[0] ^ 1]) + bytes(pages[1:]))
         try:
             slots = self.pages.put(pages, checksums)
         except StoreFull:
@@ -281,8 +283,8 @@ class MemoryServer:
             # Slots that wait for a flush are room.
             self.flush()
             slots = self.pages.put(pages, checksums)
-        reached("pages_put")
         try:
+            reached("pages_put")
             gone = self.spt.record(refs, slots)
         except BaseException:
             self.pages.free(slots)

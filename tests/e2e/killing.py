@@ -8,10 +8,12 @@ from pathlib import Path
 
 import attrs
 
-from edm.faultpoints import SERVER_POINTS, VARIABLE, native_points
+from edm.faultpoints import VARIABLE, points
 
-ADOPTING = [name for name in native_points() if name.startswith("adopt_")]
-LIVING = [name for name in native_points() if not name.startswith("adopt_")]
+POINTS = {point.name: point for point in points()}
+ADOPTING = [name for name in POINTS if name.startswith("adopt_")]
+SERVING = [name for name in POINTS if name.startswith(("pages_", "change_"))]
+LIVING = [name for name in POINTS if name not in ADOPTING and name not in SERVING]
 TIMES = {
     "new_page": 200,
     "new_page_filled": 250,
@@ -99,7 +101,17 @@ def run_with_death(
     line = f"{role} {point} {'hold' if victim else action} {times}\n"
     flag.write_text("dm-handler batch_committed kill 5\n" if takeover else line)
     edm.environment[VARIABLE] = str(flag)
-    arguments = ["run", "--transport", transport, "--local-memory", "1M", "--write-back", "256K"]
+    arguments = [
+        "run",
+        "--store",
+        "file",
+        "--transport",
+        transport,
+        "--local-memory",
+        "1M",
+        "--write-back",
+        "256K",
+    ]
     process = edm.start(*arguments, "--", program, OPS)
     if takeover:
         assert acted(flag, process)
@@ -119,4 +131,4 @@ def run_with_death(
     return Death(reached or not flag.exists(), process.returncode, out, err.decode(errors="replace"))
 
 
-__all__ = ["ADOPTING", "LIVING", "SERVER_POINTS", "Death", "run_with_death"]
+__all__ = ["ADOPTING", "LIVING", "POINTS", "SERVING", "Death", "run_with_death"]

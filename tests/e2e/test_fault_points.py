@@ -4,11 +4,13 @@ The quick form kills at the points where most is half done; `make soak` at all o
 each transport, and prints what came of it.
 """
 
+import re
+import signal
 import subprocess
 from collections import Counter
 
 import pytest
-from killing import ADOPTING, LIVING, OPS, SERVER_POINTS, run_with_death
+from killing import ADOPTING, LIVING, OPS, POINTS, SERVING, run_with_death
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
@@ -49,12 +51,48 @@ def test_the_dm_handler_dies_while_it_takes_over(edm, program, plain, point):
     assert edm.left_behind() == ({}, [])
 
 
-@pytest.mark.parametrize("point", points(SERVER_POINTS))
+@pytest.mark.parametrize("point", points(SERVING))
 def test_the_memory_server_dies(edm, program, plain, point):
     death = run_with_death(edm, program("stamped"), point, role="dms", transport="zmq")
     assert death.reached, f"never came to {point}"
     check(death, plain)
     assert edm.left_behind() == ({}, [])
+
+
+MAY_STOP = {
+    ("batch_reading", "fail"): "its staging area cannot be read",
+    ("batch_summed", "corrupt"): "is lost: checksum",
+    ("rescue_begun", "corrupt"): "is lost: checksum",
+    ("pages_screened", "corrupt"): "is lost: the memory server",
+}
+"""Where the only copy of a page is gone, and what is said then: a program that needs the page is stopped."""
+QUICK_ACTIONS = {("fork_watched", "fail"), ("rescue_begun", "corrupt"), ("fetch_answered", "corrupt")}
+ACTIONS = [
+    pytest.param(name, action, marks=[] if (name, action) in QUICK_ACTIONS else pytest.mark.soak, id=f"{name}-{action}")
+    for action in ("fail", "corrupt", "delay")
+    for name, point in POINTS.items()
+    if action in point.actions
+]
+
+
+@pytest.mark.parametrize(("point", "action"), ACTIONS)
+def test_whatever_is_late_or_fails_or_is_damaged_the_program_goes_on_or_stops(edm, program, plain, point, action):
+    role, transport = ("dms", "zmq") if point in SERVING else ("dm-handler", "inproc")
+    death = run_with_death(edm, program("stamped"), point, role=role, transport=transport, action=action)
+    assert death.reached, f"never came to {point}"
+    assert edm.left_behind() == ({}, [])
+    if (point, action) in MAY_STOP and death.out != plain:
+        stopped = death.status in {-signal.SIGBUS, -signal.SIGKILL}
+        assert stopped or (death.status == 1 and re.fullmatch(rb"child: status 0x8?[79]\n", death.out)), death
+        assert MAY_STOP[point, action] in death.err
+    else:
+        check(death, plain)
+
+
+def test_a_point_takes_only_what_can_be_done_there(edm, program):
+    death = run_with_death(edm, program("stamped"), "fork_made", action="corrupt")
+    assert death.status == 2
+    assert "no fault point 'fork_made', or it cannot corrupt" in death.err
 
 
 def test_nothing_is_left_of_a_program_that_ends_while_nobody_serves_it(edm, program):
@@ -68,7 +106,7 @@ def test_nothing_is_left_of_a_program_that_ends_while_nobody_serves_it(edm, prog
 def cases(transport):
     """Each point, and whose it is."""
     server = "dm-handler" if transport == "inproc" else "dms"
-    return [*(("dm-handler", point) for point in (*LIVING, *ADOPTING)), *((server, point) for point in SERVER_POINTS)]
+    return [*(("dm-handler", point) for point in (*LIVING, *ADOPTING)), *((server, point) for point in SERVING)]
 
 
 def ended_as_it_must(victim, death, plain):

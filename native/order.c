@@ -180,6 +180,8 @@ void order_settle(struct edm_engine *g, struct space *s) {
     s->unquiet = false;
     s->doubtful.n = 0;
     for (uint32_t i = 0; i < g->nspaces; i++)
-        if (g->space[i]->parent == s)
+        if (g->space[i]->parent == s) {
             g->space[i]->young = false;
+            ranges_free(&g->space[i]->inherited);
+        }
 }

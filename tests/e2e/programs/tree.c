@@ -35,6 +35,35 @@ static void fork_both_write(void) {
     ended_well(child, "child");
 }
 
+// The parent moves an area to where nothing was at the fork, maps another in its place, and moves it back over that: in
+// the child it was there all the while.
+static void moved_there_and_back(void) {
+    for (uint64_t round = 0; round < 4; round++) {
+        char *p = area(128);
+        fill(p, 0, 128, 40 + round);
+        push_out();
+        int go[2];
+        char c;
+        MUST(!pipe(go));
+        pid_t child = fork();
+        if (child == 0) {
+            close(go[1]);
+            MUST(read(go[0], &c, 1) == 0);
+            look(p, 0, 128, 40 + round, "child, after the parent moved it");
+            _exit(0);
+        }
+        char *away = area(128);
+        MUST(mremap(p, 128 * PAGE, 128 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, away) == away);
+        area_at(p, 128, MAP_FIXED);
+        MUST(mremap(away, 128 * PAGE, 128 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, p) == p);
+        close(go[0]);
+        close(go[1]);
+        ended_well(child, "child");
+        look(p, 0, 128, 40 + round, "parent, moved back");
+        MUST(!munmap(p, 128 * PAGE));
+    }
+}
+
 // The child looks only when the parent has overwritten everything, dropped a part and unmapped another.
 static void fork_time_contents(void) {
     char *other = area(256);
@@ -312,6 +341,7 @@ int main(int argc, char **argv) {
     static const struct step steps[] = {
         {"fork_both_write", fork_both_write},
         {"fork_time_contents", fork_time_contents},
+        {"moved_there_and_back", moved_there_and_back},
         {"generations", generations},
         {"vfork_shares", vfork_shares},
         {"vfork_exec", vfork_exec},

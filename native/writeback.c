@@ -133,12 +133,12 @@ static uint32_t outbox_take(struct edm_engine *g) {
 
 // Skip what was cancelled while it waited.
 static void outbox_skip(struct edm_engine *g) {
-    while (g->head && ITEM(g, g->head)->state == OB_CANCELLED_IN_FLIGHT) {
-        uint32_t id = outbox_take(g);
-        g->done_seq = ITEM(g, id)->seq;
-        item_free(g, id);
-    }
+    while (g->head && ITEM(g, g->head)->state == OB_CANCELLED_IN_FLIGHT)
+        item_free(g, outbox_take(g));
 }
+
+// Everything before what still waits has been done: nothing is in flight.
+static void outbox_note_done(struct edm_engine *g) { g->done_seq = g->head ? ITEM(g, g->head)->seq - 1 : g->seq; }
 
 static void outbox_fill_evictions(struct edm_engine *g, struct edm_outbox *out) {
     uint32_t n = 0;
@@ -205,6 +205,7 @@ int edm_outbox_poll(struct edm_engine *g, struct edm_outbox *out, int timeout_us
     pthread_mutex_lock(&g->mu);
     for (;;) {
         outbox_skip(g);
+        outbox_note_done(g);
         // Even at the end: what is queued goes out first (regions are dropped, the store is left tidy).
         if (atomic_load(&g->stop) && !g->head) {
             result = -ESHUTDOWN;
@@ -312,14 +313,13 @@ void edm_outbox_done(struct edm_engine *g, const struct edm_outbox *out) {
         } else if (o->kind == EDM_OUT_EVICT) {
             eviction_done(g, o);
         }
-        if (!nfailed)
-            g->done_seq = o->seq;
         item_free(g, g->out_item[i]);
         point(POINT_outbox_half);
     }
     point(POINT_outbox_done);
     g->out_n = 0;
     outbox_return(g, failed, nfailed);
+    outbox_note_done(g);
     if (g->head)
         g->first_queued_ns = now_ns();
     g->outbox_urgent = false;

@@ -183,7 +183,7 @@ struct space {
     bool unquiet;               // there may be events that are unread, or owed
     bool unsure;                // since it was quiet last, an event was read that could have meant something else
     bool young;                 // forked since its parent was quiet last
-    struct ranges inherited;    // while it is: what its parent was known to have at the fork
+    struct ranges at_fork;      // while it is: what its parent was known to have at the fork
     bool adopting;
     bool forked;     // its uffd came with a FORK event
     bool inherited;  // … when some of the parent's pages were away, or stored and perhaps the same as here

@@ -29,16 +29,16 @@ void event_remove(struct space *s, uint64_t a, uint64_t b) {
     space_forget(s, a, b);
 }
 
-static void inherited_not(struct space *s, uint64_t page, uint64_t n) {
+static void at_fork_not(struct space *s, uint64_t page, uint64_t n) {
     if (s->young)
-        ranges_del(&s->inherited, page, page + n);
+        ranges_del(&s->at_fork, page, page + n);
 }
 
 // A child forked after a move, whose event came first, has nothing mapped at the old place, though its parent had when
 // the event was read. What its parent has mapped there since, and moved on, is none of the child's.
 static bool forked_after(struct space *child, const struct space *s, uint64_t from, uint64_t n) {
     return child->parent == s && child->young && !child->dead && child->ops->mapped &&
-           ranges_touch(&child->inherited, from, from + n) && !child->ops->mapped(child, from);
+           ranges_touch(&child->at_fork, from, from + n) && !child->ops->mapped(child, from);
 }
 
 void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m) {
@@ -49,16 +49,16 @@ void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m
     ranges_del(&s->doubtful, to, to + n);
     hints_forget(s, from, from + n);
     hints_forget(s, to, to + n);
-    inherited_not(s, from, n);
-    inherited_not(s, to, n);
+    at_fork_not(s, from, n);
+    at_fork_not(s, to, n);
     if (!s->adopting)
         ranges_add(&s->known, to, to + n);
     space_move(s, from, to, n);
     for (uint32_t i = 0; i < g->nspaces; i++)
         if (forked_after(g->space[i], s, from, n)) {
             space_move(g->space[i], from, to, n);
-            inherited_not(g->space[i], from, n);
-            ranges_add(&g->space[i]->inherited, to, to + n);
+            at_fork_not(g->space[i], from, n);
+            ranges_add(&g->space[i]->at_fork, to, to + n);
         }
     point(POINT_move_done);
     order_moved(s, from, n);
@@ -69,7 +69,7 @@ void event_unmap(struct space *s, uint64_t a, uint64_t b) {
     ranges_del(&s->known, a, b);
     ranges_del(&s->doubtful, a, b);
     ranges_del(&s->removed, a, b);
-    inherited_not(s, a, b - a);
+    at_fork_not(s, a, b - a);
     hints_forget(s, a, b);
     space_forget(s, a, b);
 }

@@ -182,6 +182,6 @@ void order_settle(struct edm_engine *g, struct space *s) {
     for (uint32_t i = 0; i < g->nspaces; i++)
         if (g->space[i]->parent == s) {
             g->space[i]->young = false;
-            ranges_free(&g->space[i]->inherited);
+            ranges_free(&g->space[i]->at_fork);
         }
 }

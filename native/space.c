@@ -68,7 +68,7 @@ void space_unref(struct space *s) {
         }
     ranges_free(&s->known);
     ranges_free(&s->doubtful);
-    ranges_free(&s->inherited);
+    ranges_free(&s->at_fork);
     ranges_free(&s->removed);
     ranges_free(&s->stack_tops);
     ranges_free(&s->random);
@@ -328,9 +328,9 @@ struct space *space_fork(struct space *parent) {
     child->asks = parent->asks;
     child->young = parent->unquiet = true;
     if (parent->adopting)  // not known yet
-        ranges_add(&child->inherited, 0, LSPT_MAX_PAGE);
+        ranges_add(&child->at_fork, 0, LSPT_MAX_PAGE);
     for (uint32_t i = 0; i < parent->known.n; i++)
-        ranges_add(&child->inherited, parent->known.v[i].a, parent->known.v[i].b);
+        ranges_add(&child->at_fork, parent->known.v[i].a, parent->known.v[i].b);
     hints_fork(parent, child);
     uint32_t id = outbox_push(g, EDM_OUT_CLONE, child);
     struct outbox_item *o = outbox_item_at(g, id);

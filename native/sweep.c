@@ -169,12 +169,21 @@ static void join_settled(struct space *s, uint64_t a, uint64_t b) {
 }
 
 // Adopted: what another DM-Handler has write-protected is for us a page like any other, and the sidecar, which may have
-// to write to it, must never wait for a fault.
+// to write to it, must never wait for a fault. A child comes to its first sweep with pages that are clean already: of a
+// write to one nothing is heard any more.
 static bool unprotected(struct space *s, uint64_t a, uint64_t b) {
-    if (!s->asks || uffd_unprotect(s, a, b) == 0)
+    if (!s->asks)
         return true;
-    s->sweep_soon = true;
-    return false;
+    if (uffd_unprotect(s, a, b)) {
+        s->sweep_soon = true;
+        return false;
+    }
+    struct leaf *l;
+    for (uint64_t at = a; (l = lspt_next(&s->lspt, at)) && l->base < b; at = l->base + LEAF_PAGES)
+        for (uint64_t i = 0; i < LEAF_PAGES; i++)
+            if (l->base + i >= a && l->base + i < b)
+                l->e[i].flags &= ~PF_CLEAN;
+    return true;
 }
 
 static void removed_settle(struct space *s) {

@@ -151,6 +151,7 @@ class DmHandler:
         self._config = config
         self._launcher = launcher
         self._failure: queue.Queue[BaseException] = queue.Queue()
+        self.last_error = ""
         self._uncaptured = Uncaptured(config.local_memory)
         registry = Registry()
         context = RunContext(
@@ -293,7 +294,7 @@ class DmHandler:
         end = time.monotonic() + DRAIN_S
         while self.source.counters()["spaces"] and time.monotonic() < end:
             time.sleep(0.002)
-        counters = self.source.counters()
+        counters, self.last_error = self.source.counters(), self._engine_error()
         if self._tracing is not None:
             self._tracing.close()
         self.source.stop()
@@ -327,7 +328,8 @@ def run(run_dir: Path) -> int:
         handler = DmHandler(config, run_dir, launcher, inherited(run_dir))
         launcher.say("ready", instances=handler.instances, environment=handler.source.prepare({}))
         handler.serve()
-        launcher.say("finished", counters=handler.close(), error="")
+        counters = handler.close()
+        launcher.say("finished", counters=counters, error=handler.last_error)
         if launcher.gone:
             remove_run(run_dir)  # nobody else will
         handler.holder.end()

@@ -89,6 +89,14 @@ def test_whatever_is_late_or_fails_or_is_damaged_the_program_goes_on_or_stops(ed
         check(death, plain)
 
 
+def test_what_a_child_writes_after_a_takeover_stays(edm, program):
+    """Of its parent's clean pages a child's were taken for clean when they were not write-protected any more."""
+    death = run_with_death(edm, program("tree"), "batch_committed", arguments=["child_writes_what_was_read"])
+    assert death.reached
+    assert (death.status, death.out) == (0, b"child_writes_what_was_read: as it should be\n"), death.err
+    assert "is there again" in death.err
+
+
 def test_a_point_takes_only_what_can_be_done_there(edm, program):
     death = run_with_death(edm, program("stamped"), "fork_made", action="corrupt")
     assert death.status == 2

@@ -15,6 +15,23 @@ static void ended_well(pid_t pid, const char *who) {
         WRONG("%s: status %#x", who, status);
 }
 
+// Pages that were only read since they came back, and are the child's to write.
+static void child_writes_what_was_read(void) {
+    for (uint64_t round = 0; round < 12; round++) {
+        fill(data, 0, PAGES, 60 + round);
+        push_out();
+        look(data, 0, PAGES, 60 + round, "parent");
+        pid_t child = fork();
+        if (child == 0) {
+            fill(data, PAGES / 8 * 7, PAGES / 8, 90 + round);
+            push_out();
+            look(data, PAGES / 8 * 7, PAGES / 8, 90 + round, "child, its own");
+            _exit(0);
+        }
+        ended_well(child, "child");
+    }
+}
+
 // Parent and child write the same pages, each sees its own, the child those of the moment of the fork besides.
 static void fork_both_write(void) {
     fill(data, 0, PAGES, 1);
@@ -340,6 +357,7 @@ static int do_work(void) {
 int main(int argc, char **argv) {
     static const struct step steps[] = {
         {"fork_both_write", fork_both_write},
+        {"child_writes_what_was_read", child_writes_what_was_read},
         {"fork_time_contents", fork_time_contents},
         {"moved_there_and_back", moved_there_and_back},
         {"generations", generations},

@@ -118,13 +118,12 @@ static void unmap_as_the_kernel_says(struct space *s, uint64_t a, uint64_t b) {
 void order_unmap(struct space *s, uint64_t a, uint64_t b) {
     struct ranges late = late_in(s, a, b);
     bool doubt = late.n > 0;
-    if (!doubt && maybe_owed(s, a, b)) {
-        doubt = true;
-        unmap_as_the_kernel_says(s, a, b);
-    } else {
-        for (uint64_t e; ranges_gap(&late, &a, b, &e); a = e)
-            event_unmap(s, a, e);
-    }
+    // While nobody served the program, other threads had all the time to take a place that a remap has left, and its
+    // unmap comes behind what they moved there. What is known is not known yet then.
+    bool ask = s->adopting || (!doubt && maybe_owed(s, a, b));
+    doubt |= ask;
+    for (uint64_t e; ranges_gap(&late, &a, b, &e); a = e)
+        (ask ? unmap_as_the_kernel_says : event_unmap)(s, a, e);
     s->unsure |= doubt;
     ranges_free(&late);
 }

@@ -281,6 +281,27 @@ static void second_remap_is_read_before_an_unmap(void) {
     finish();
 }
 
+// While no DM-Handler was there: the first thread waits in its remap, the second moves its pages to the place that is
+// left. What is known is not known yet when another DM-Handler reads of it, and of the unmap that the first owes.
+static void moved_there_while_nobody_served(void) {
+    begin();
+    ranges_free(&s->known);
+    s->adopting = true;
+    kernel_moves(A, B);
+    kernel_moves(C, A);
+    remap_comes(A, B);
+    remap_comes(C, A);
+    events_are_read();
+    unmap_comes(A);
+    unmap_comes(C);
+    events_are_read();
+    s->adopting = false;
+    must_be_at(A, 2);
+    must_be_at(B, 1);
+    must_be_at(C, 0);
+    finish();
+}
+
 int main(void) {
     one_thread_moves_and_nothing_else();
     second_remap_is_read_first();
@@ -290,5 +311,6 @@ int main(void) {
     two_unmaps_the_owed_one_last();
     moved_there_and_unmapped_again();
     unmapped_while_its_remap_waited();
+    moved_there_while_nobody_served();
     return 0;
 }

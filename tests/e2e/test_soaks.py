@@ -32,6 +32,8 @@ APART_S = 1.5
 """A DM-Handler looks for its holder several times a second; both dead at once are the program's end, as they must."""
 MOST_RESTARTS = 1000
 OPS, FEW_OPS = 10_000, 500
+HANG_S = 600
+"""What a run of a soak may take on a machine that does much else."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def one_run(edm, program, ops, way, options, killer=None):
     process = edm.start("run", *arguments, "--", program("stamped"), ops)
     if killer is not None:
         killer.at_work(process, edm, 60)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=HANG_S if ops > FEW_OPS else 100)
     counters = json.loads(report.read_text())["counters"] if report.exists() else {}
     return process.returncode, out, err.decode(errors="replace"), counters
 
@@ -120,7 +122,7 @@ def rounds(make_edm, tmp_path_factory, seconds):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(SOAK_S + 300)
+@pytest.mark.timeout(SOAK_S + HANG_S)
 def test_random_deaths_with_a_few_pages_above_the_least_budget(tmp_path_factory, make_edm, program, plain):
     print(f"EDM_SOAK_SEED={SEED}", flush=True)
     killer, total = Killer(SEED), Counter()
@@ -136,7 +138,7 @@ def test_random_deaths_with_a_few_pages_above_the_least_budget(tmp_path_factory,
 
 @pytest.mark.parametrize(
     ("seconds", "ops"),
-    [(0.0, FEW_OPS), pytest.param(SOAK_S, OPS, marks=[pytest.mark.soak, pytest.mark.timeout(SOAK_S + 300)])],
+    [(0.0, FEW_OPS), pytest.param(SOAK_S, OPS, marks=[pytest.mark.soak, pytest.mark.timeout(SOAK_S + HANG_S)])],
 )
 def test_churn_with_a_budget_of_two_pages(tmp_path_factory, make_edm, program, plain, seconds, ops):
     total = Counter()

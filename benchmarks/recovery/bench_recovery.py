@@ -31,8 +31,9 @@ CASES = {
     "memory server, mpi": ("mpi", "edm: dms", 64),
 }
 """Name → (transport, who is killed, MiB of the program)."""
-APART_S = 4.0
 LATER_S = 2.0
+BEGINS_NS = 500_000_000
+"""Until then after a death, at the latest, the program comes to a page that is away."""
 
 
 def below(root):
@@ -54,6 +55,16 @@ def below(root):
     return found
 
 
+def there(root, victim):
+    """The pid of the process of that title, once there is one that is at work."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if victim in (found := below(root)):
+            return found[victim]
+        time.sleep(0.05)
+    return sys.exit(f"no {victim} came")
+
+
 def one_start():
     """Seconds until a Python has imported the DM-Handler, the shortest of some."""
     command = [sys.executable, "-c", "import edm.handler.process"]
@@ -67,24 +78,26 @@ def one_start():
 
 def waits(program, transport, victim, mebibytes, deaths):
     """Seconds from each death to the first fault answered after it."""
-    seconds = int(deaths * APART_S + LATER_S)
     options = ("--transport", transport, "--local-memory", f"{mebibytes // 4}M", "--restarts", "1000", "--no-summary")
-    command = [sys.executable, "-m", "edm", "run", *options, "--", program, str(mebibytes), str(seconds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    command = [sys.executable, "-m", "edm", "run", *options, "--", program, str(mebibytes)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes, text=True) as process:
         if process.stdout.readline() != "ready\n":
             sys.exit(f"{command}: it did not begin")
         kills = []
         for _ in range(deaths):
             time.sleep(LATER_S)
-            pid = below(process.pid)[victim]
+            pid = there(process.pid, victim)
             kills.append(time.monotonic_ns())
             os.kill(pid, signal.SIGKILL)
-            time.sleep(APART_S - LATER_S)
+            time.sleep(LATER_S)
+        there(process.pid, victim)
+        time.sleep(LATER_S)
         out, _ = process.communicate(timeout=120)
     if process.returncode or not out.endswith("done\n"):
         sys.exit(f"{command}: it ended with {process.returncode}")
-    ends = [int(line.split()[1]) for line in out.splitlines()[:-1]]
-    return [min(end for end in ends if end > kill) / 1e9 - kill / 1e9 for kill in kills]
+    reads = [tuple(map(int, line.split())) for line in out.splitlines()[:-1]]
+    return [max(end - kill for began, end in reads if began < kill + BEGINS_NS and end > kill) / 1e9 for kill in kills]
 
 
 def main():

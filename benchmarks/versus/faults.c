@@ -42,6 +42,7 @@ int main(int argc, char **argv) {
     for (uint64_t k = 0; k < count; k++)
         *(volatile uint64_t *)(memory + chosen(pages) * PAGE + 8) = k;
     uint64_t written = now_ns();
-    printf("%" PRIu64 " %" PRIu64 " %" PRIu64 "\n", (new - began) / pages, (read - new) / count, (written - read) / count);
+    printf("%" PRIu64 " %" PRIu64 " %" PRIu64 "\n", (new - began) / pages, (read - new) / count,
+           (written - read) / count);
     return 0;
 }

@@ -233,9 +233,7 @@ class Session:
             os.close(self._alive.pop(role)[1])
         elif role not in self._waiting_for or self._revival.under_way:
             return
-        if role in self._left:
-            return
-        if self._finished or role not in self._needed():
+        if role in self._left or self._finished or role not in self._needed():
             return
         why = f"the {TITLES[role]} has died"
         if self._plan is None:
@@ -246,8 +244,8 @@ class Session:
         }
         with_handler = "dm-handler" in together
         if self._ready_once and self._revival.begin(with_handler=with_handler):
-            for number, command in enumerate(self._plan.commands):
-                if role in roles_of(command) and number in self._revival.started:
+            for number in self._revival.started:
+                if role in roles_of(self._plan.commands[number]):
                     self._revival.lost(number)
             self._waiting_for.add(role)
             self._warn_each(f"{why}; starting another, the program waits meanwhile")

@@ -56,6 +56,10 @@ class MemoryPages:
         if len(slots):
             lib.edm_slabs_keep_off(self.native, int(slots.max()))
 
+    def where(self, slot: int) -> str:
+        """What is to be named where a slot is damaged: there is no file."""
+        return f"memory store: slot {slot}"
+
     def sync(self) -> None:
         """Memory survives no crash."""
 

@@ -5,6 +5,7 @@
 // neither the DMS is asked (space.asks). Threads that wait for a fault are woken, and raise it again.
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,6 +22,7 @@
 
 #define FIRST_PAGE 16        // none lower may be mapped
 #define REST_NS 5000000000u  // a sidecar still busy after this is ended
+#define END_MS 10000         // for a process that was killed
 
 static int copy_fd(int holder, int fd) { return fd < 0 ? -1 : (int)syscall(SYS_pidfd_getfd, holder, fd, 0); }
 
@@ -98,6 +100,9 @@ void edm_engine_release(struct edm_engine *g) {
     for (int i = 0; i < 2; i++)
         if (g->former[i] >= 0) {
             syscall(SYS_pidfd_send_signal, g->former[i], SIGKILL, NULL, 0);
+            // Until its copies are closed, the locks of the stores among them.
+            struct pollfd p = {g->former[i], POLLIN, 0};
+            poll(&p, 1, END_MS);
             close(g->former[i]);
             g->former[i] = -1;
         }

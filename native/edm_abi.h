@@ -100,7 +100,7 @@ struct edm_engine *edm_engine_adopt(const struct edm_engine_config *config, int3
 int32_t edm_engine_segment(struct edm_engine *engine);
 /* Whoever holds this process's descriptors now; an adopted engine is this process's own from here on. */
 void edm_engine_holder(struct edm_engine *engine, int32_t holder);
-/* End the holders that an adopted engine took its descriptors from. */
+/* End the holders that an adopted engine took its descriptors from, and wait until they have closed them. */
 void edm_engine_release(struct edm_engine *engine);
 /* Evict in the order of a table of edm_ops.h ("edm.policy_ops"), which must outlive the engine; before it listens.
    `idle_bits`: the kernel's file of them, for a policy that looks. 0; -EINVAL: another version's table; an errno above

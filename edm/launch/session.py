@@ -239,14 +239,12 @@ class Session:
         if self._plan is None:
             self._failure = self._failure or f"{why}: {self._log_tail()}"
             return
-        together = {
-            other for command in self._plan.commands if role in roles_of(command) for other in roles_of(command)
-        }
+        numbers = [number for number, command in enumerate(self._plan.commands) if role in roles_of(command)]
+        together = {other for number in numbers for other in roles_of(self._plan.commands[number])}
         with_handler = "dm-handler" in together
         if self._ready_once and self._revival.begin(with_handler=with_handler):
-            for number in self._revival.started:
-                if role in roles_of(self._plan.commands[number]):
-                    self._revival.lost(number)
+            for number in self._revival.started.keys() & numbers:
+                self._revival.lost(number)
             self._waiting_for.add(role)
             self._warn_each(f"{why}; starting another, the program waits meanwhile")
         elif self._ready_once and self._waits and self._revival.possible(with_handler=with_handler):

@@ -1,8 +1,14 @@
-"""A Redis server in a quarter of its need, under load, saving in the background: every digest is the plain server's."""
+"""A Redis server in a quarter of its need, under load, saving in the background: every digest is the plain server's.
 
+`make soak` goes round for EDM_SOAK_S seconds (600), over the transports and stores in turn, two larger servers first.
+"""
+
+import itertools
 import json
+import os
 import shutil
 import subprocess
+import time
 
 import pytest
 import redis
@@ -14,6 +20,9 @@ pytestmark = [
     pytest.mark.timeout(150),
     pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server here (make programs)"),
 ]
+
+SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
+WAYS = [("mpi", "file"), ("zmq", "lmdb"), ("inproc", "memory"), ("zmq", "file"), ("inproc", "file")]
 
 
 def server_command(directory):
@@ -130,7 +139,14 @@ def test_bgsave_reloads_to_the_digest_at_the_fork(edm, tmp_path, transport, stor
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("transport", "store"), [("mpi", "file"), ("zmq", "lmdb")])
-def test_bgsave_of_a_larger_server(edm, tmp_path, transport, store):
-    check_server(edm, tmp_path, 40_000, transport, store)
+@pytest.mark.timeout(SOAK_S + 900)
+def test_bgsave_for_as_long_as_one_likes(edm, tmp_path):
+    end, counts = time.monotonic() + SOAK_S, itertools.chain([40_000, 40_000], itertools.repeat(6000))
+    for number, ((transport, store), count) in enumerate(zip(itertools.cycle(WAYS), counts)):
+        if number > 1 and time.monotonic() > end:
+            print(f"{number} servers")
+            return
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        check_server(edm, directory, count, transport, store)
+        shutil.rmtree(directory)

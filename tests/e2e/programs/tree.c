@@ -2,7 +2,11 @@
 // is evicted all the while.
 #include "steps.h"
 
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <spawn.h>
+#include <stddef.h>
+#include <sys/prctl.h>
 
 #define PAGES 512ul  // 2 MiB
 extern char **environ;
@@ -317,6 +321,62 @@ static void raw_clone(void) {
     look(data, 0, PAGES, 27, "parent");
 }
 
+// A child of one that allows itself no other system calls than it needs: any other is death by SIGSYS.
+static void filtered_fork(void) {
+    static const int allowed[] = {SYS_clone,
+                                  SYS_clone3,
+                                  SYS_wait4,
+                                  SYS_set_robust_list,
+                                  SYS_rt_sigprocmask,
+                                  SYS_rseq,
+                                  SYS_gettid,
+                                  SYS_getpid,
+                                  SYS_write,
+                                  SYS_mmap,
+                                  SYS_munmap,
+                                  SYS_brk,
+                                  SYS_madvise,
+                                  SYS_futex,
+                                  SYS_rt_sigreturn,
+                                  SYS_prctl,
+                                  SYS_exit,
+                                  SYS_exit_group,
+                                  SYS_sched_yield,
+                                  SYS_mprotect,
+                                  SYS_set_tid_address,
+                                  SYS_newfstatat};
+    struct sock_filter f[COUNT(allowed) + 3];
+    int n = 0;
+    f[n++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
+    for (int i = 0; i < COUNT(allowed); i++, n++)
+        f[n] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)allowed[i],
+                                            (uint8_t)(COUNT(allowed) - i), 0);
+    f[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS);
+    f[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    struct sock_fprog program = {(unsigned short)n, f};
+    fill(data, 0, PAGES, 28);
+    pid_t child = fork();
+    if (child == 0) {
+        MUST(!prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) && !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));
+        push_out();
+        pid_t grandchild = fork();
+        if (grandchild == 0) {
+            look(data, 0, PAGES, 28, "grandchild");
+            fill(data, 0, PAGES, 29);
+            push_out();
+            look(data, 0, PAGES, 29, "grandchild, written");
+            _exit(0);
+        }
+        fill(data, 0, PAGES / 2, 30);
+        ended_well(grandchild, "grandchild");
+        look(data, 0, PAGES / 2, 30, "child");
+        look(data, PAGES / 2, PAGES / 2, 28, "child, not written");
+        _exit(0);
+    }
+    ended_well(child, "child");
+    look(data, 0, PAGES, 28, "parent");
+}
+
 #define MORE 2048ul  // pages, more than stay here
 
 // Memory wanted away from, or as zeros in, a child.
@@ -369,6 +429,7 @@ int main(int argc, char **argv) {
         {"as_daemon", as_daemon},
         {"forks_in_threads", forks_in_threads},
         {"raw_clone", raw_clone},
+        {"filtered_fork", filtered_fork},
         {"madvised_fork", madvised_fork},
     };
     self = realpath("/proc/self/exe", NULL);

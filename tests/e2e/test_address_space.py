@@ -79,3 +79,4 @@ def test_every_byte_is_as_it_must_be_for_long(edm, fuzzed):
     while time.monotonic() < end:
         number += 1
         check(edm, fuzzed, number, 40)
+    print(f"{(number - 1000) * 40} scripts")

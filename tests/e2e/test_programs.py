@@ -90,8 +90,10 @@ def vm_methods():
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(shutil.which("stress-ng") is None, reason="no stress-ng here (make programs)")
 def test_every_vm_method_of_stress_ng_verifies(edm, tmp_path):
-    """`all` takes turns, and a short run does not get round. A pass ends with an munmap, of which there is an event; the
-    longest (prime-0) touches 2 million bytes in an order of which no page is the next."""
+    """`all` takes turns, and a short run does not get round. A pass ends with an munmap, of which there is an event.
+
+    The longest, prime-0, touches 2 million bytes, each in another page than the last.
+    """
     assert len(vm_methods()) > 30
     for method in vm_methods():
         for seconds in (4, 16, 64, 256, 1024):

@@ -370,8 +370,9 @@ static void forget_not_copied(struct space *s, uint64_t a, uint64_t b) {
 }
 
 // A forked child: mappings that were not copied (MADV_DONTFORK) must leave its table, or a later mapping there would be
-// taken for one of them. What is wiped (MADV_WIPEONFORK) is zeros in it. To find that out takes as long as the program is
-// large, and is spared a child whose table has nothing but pages that are here, or were here and are not: those are zeros.
+// taken for one of them. What is wiped (MADV_WIPEONFORK) is zeros in it. To find that out takes as long as the program
+// is large, and is spared a child whose table has nothing but pages that are here, or were here and are not: those are
+// zeros.
 void space_prune_unmapped(struct space *s) {
     struct mappings now;
     struct ranges wiped = {0};

@@ -426,7 +426,7 @@ void edm_mpi_link_free(struct edm_mpi_link *link);
 /* A memory server's end. The message that waits for Python, and what was answered without it. */
 struct edm_mpi_served {
     int rank, tag, length, error;
-    uint64_t gets, pages_sent;
+    uint64_t gets, pages_sent, evicts, pages_received;
 };
 
 #define EDM_MPI_IDLE 0    /* nothing for as long as it waits */
@@ -617,6 +617,8 @@ int edm_lmdb_guard(int file);
 /* Whether a large value, found by LMDB, stands behind the header that it should: deleting it frees as many pages as
    that says. bytes: the value's length; map: where LMDB's file is mapped. */
 int edm_lmdb_value_sound(const void *value, size_t bytes, uintptr_t map, size_t map_bytes);
+/* Whether all of n are. */
+int edm_lmdb_values_sound(const void *const *values, const size_t *bytes, size_t n, uintptr_t map, size_t map_bytes);
 
 /* Until leave, in this thread, a crash (SIGSEGV, SIGBUS, SIGABRT, SIGFPE) ends the process with this text on stderr,
    and status 1. The text must last that long. */
@@ -672,7 +674,8 @@ int edm_pf_fail(struct edm_pf *pf, int call, uint32_t after, uint32_t count, int
 
 /* ---- the C tables of edm_ops.h that EDM's own parts offer (native/server.c, slabs.c) ----------------------------- */
 
-/* The journal of the SPT store `file` as the next frame needs it; it is the SPT store's, which may write frames, too. */
+/* The journal of the SPT store `file` as the next frame needs it; it is the SPT store's, which may write frames, too.
+ */
 struct edm_journal {
     int32_t fd;
     uint32_t flags;  /* of frames written here: EDM_SPT_LOOSE or 0 */
@@ -728,7 +731,8 @@ void edm_server_close(struct edm_server *server);
 void edm_server_open_table(struct edm_server *server, int open);
 /* Whether there are changes that are not committed, so that no eviction is carried out here. */
 void edm_server_blocked(struct edm_server *server, int blocked);
-/* Slots that wait, whoever let go of them: more of them (0 or -ENOMEM); how many there are; all, which are forgotten. */
+/* Slots that wait, whoever let go of them: more of them (0 or -ENOMEM); how many there are; all, which are forgotten.
+ */
 int edm_server_put_by(struct edm_server *server, const uint64_t *slots, size_t n);
 size_t edm_server_waiting(const struct edm_server *server);
 void edm_server_take_waiting(struct edm_server *server, uint64_t *out);
@@ -757,7 +761,8 @@ void edm_slabs_free(struct edm_slabs *slabs);
 void edm_slabs_clear(struct edm_slabs *slabs);
 /* -EDQUOT: the limit; -ENOMEM; nothing is kept on an error. */
 int edm_slabs_put(struct edm_slabs *slabs, const void *pages, const uint32_t *sums, size_t n, uint64_t *slots);
-/* sums: what the pages' checksums must be; NULL: what was put with them. -ENOENT, -EBADMSG: see edm_slabs_failed. */
+/* sums: what the pages' checksums must be, besides what was put with them; or NULL. -ENOENT, -EBADMSG: see
+ * edm_slabs_failed. */
 int edm_slabs_get(struct edm_slabs *slabs, const uint64_t *slots, const uint32_t *sums, size_t n, void *into);
 uint64_t edm_slabs_failed(const struct edm_slabs *slabs);
 void edm_slabs_release(struct edm_slabs *slabs, const uint64_t *slots, size_t n);

@@ -280,6 +280,13 @@ int edm_lmdb_value_sound(const void *value, size_t bytes, uintptr_t map, size_t 
     return number == (at - map) / PAGE && flags == OVERFLOW_PAGE && said == overflow_count(bytes);
 }
 
+int edm_lmdb_values_sound(const void *const *values, const size_t *bytes, size_t n, uintptr_t map, size_t map_bytes) {
+    for (size_t i = 0; i < n; i++)
+        if (!edm_lmdb_value_sound(values[i], bytes[i], map, map_bytes))
+            return 0;
+    return 1;
+}
+
 // A list of free pages: how many, then their numbers.
 static bool check_free_list(struct walk *w, uint64_t page, const uint8_t *list, uint64_t bytes) {
     uint64_t count = bytes >= 8 ? word(list) : 0;

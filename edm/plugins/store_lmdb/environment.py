@@ -220,6 +220,12 @@ class Environment:
         """Whether a large value, got in a transaction that writes, may be deleted."""
         return bool(lib.edm_lmdb_value_sound(ffi.from_buffer(value), len(value), *self._map))
 
+    def values_are_sound(self, values: list[memoryview]) -> bool:
+        """Whether all of these may be."""
+        pointers = [ffi.from_buffer(value) for value in values]
+        lengths = [len(value) for value in values]
+        return bool(lib.edm_lmdb_values_sound(pointers, lengths, len(values), *self._map))
+
     def verify(self) -> list[Damage]:
         """Look at every page of every tree, and at the head of every large value; what is damaged."""
         damage, harmless = examine(self.path, lost_power=False, deep=True)

@@ -23,7 +23,7 @@ from edm.errors import Corrupt, StoreError, StoreFull
 from edm.types import PAGE_BYTES
 
 if TYPE_CHECKING:
-    from edm.plugins.store_lmdb.environment import Environment
+    from edm.plugins.store_lmdb.environment import Environment, Table
     from edm.stores.damage import Damage
     from edm.types import Slots
 
@@ -34,6 +34,7 @@ _TAIL_BYTES: Final = PAGE_BYTES - _HEAD_BYTES
 _TAIL_ROW: Final = np.dtype([("tail", f"V{_TAIL_BYTES}"), ("checksum", "<u4"), ("reserved", "<u4")])
 _KEY: Final = struct.Struct("=Q")
 _FREE_AT_ONCE: Final = 4096
+_VALUE_BYTES: Final = {"heads": _HEAD_BYTES, "tails": _TAIL_ROW.itemsize}
 
 
 class LmdbPages:
@@ -62,15 +63,14 @@ class LmdbPages:
         tails = np.zeros(len(rows), _TAIL_ROW)
         tails["tail"] = np.ascontiguousarray(rows[:, _HEAD_BYTES:]).view(f"V{_TAIL_BYTES}")[:, 0]
         tails["checksum"] = checksums
-        keys = [_KEY.pack(slot) for slot in slots.tolist()]
+        keys = bytes_of(slots)
         heads = [pages[at : at + _HEAD_BYTES] for at in range(0, len(pages), PAGE_BYTES)]
-        packed, size = tails.tobytes(), _TAIL_ROW.itemsize
+        packed = bytes_of(tails)
 
         def work(transaction: Any) -> int:
             self._delete(transaction)
             self._append(transaction, self._heads, zip(keys, heads, strict=True))
-            parts = (packed[at : at + size] for at in range(0, len(packed), size))
-            self._append(transaction, self._tails, zip(keys, parts, strict=True))
+            self._append(transaction, self._tails, zip(keys, packed, strict=True))
             return self._count(transaction)
 
         self._vet()
@@ -102,18 +102,21 @@ class LmdbPages:
 
     def get(self, slots: Slots, into: memoryview) -> None:
         """See `PageStore`."""
-        checksums = np.zeros(len(slots), np.uint32)
+        keys = bytes_of(slots)
+        rows = np.frombuffer(into, np.uint8).reshape(-1, PAGE_BYTES)
+        checksums = np.empty(len(keys), np.uint32)
 
         def work(transaction: Any) -> None:
-            for i, slot in enumerate(slots.tolist()):
-                key = _KEY.pack(slot)
-                head, tail = transaction.get(key, db=self._heads.handle), transaction.get(key, db=self._tails.handle)
-                if head is None or tail is None or len(head) != _HEAD_BYTES or len(tail) != _TAIL_ROW.itemsize:
-                    raise Corrupt(f"{self._environment.path}: slot {slot} holds no page")
-                at = i * PAGE_BYTES
+            heads, tails = (self._values(transaction, table, keys) for table in (self._heads, self._tails))
+            if heads is None or tails is None:
+                raise Corrupt(f"{self._environment.path}: slot {self._first_missing(transaction, keys)} holds no page")
+            at = 0
+            for head in heads:
                 into[at : at + _HEAD_BYTES] = head
-                into[at + _HEAD_BYTES : at + PAGE_BYTES] = tail[:_TAIL_BYTES]
-                checksums[i] = int.from_bytes(tail[_TAIL_BYTES : _TAIL_BYTES + 4], "little")
+                at += PAGE_BYTES
+            packed = b"".join(tails)
+            rows[:, _HEAD_BYTES:] = np.frombuffer(packed, np.uint8).reshape(len(keys), -1)[:, :_TAIL_BYTES]
+            checksums[:] = np.frombuffer(packed, _TAIL_ROW)["checksum"]
 
         self._environment.read(work)
         found = page_checksums(into)
@@ -121,9 +124,22 @@ class LmdbPages:
             slot = int(slots[np.flatnonzero(found != checksums)[0]])
             raise Corrupt(f"{self._environment.path}: slot {slot}: its checksum does not match")
 
+    @staticmethod
+    def _values(transaction: Any, table: Table, keys: list[bytes]) -> list[memoryview] | None:
+        """The values of keys, or None if one is missing or has another size."""
+        with transaction.cursor(table.handle) as cursor:
+            values = [value for _, value in cursor.getmulti(keys)]
+        return values if len(values) == len(keys) and set(map(len, values)) <= {_VALUE_BYTES[table.name]} else None
+
+    def _first_missing(self, transaction: Any, keys: list[bytes]) -> int:
+        for key in keys:
+            if None in [self._values(transaction, table, [key]) for table in (self._heads, self._tails)]:
+                return int(_KEY.unpack(key)[0])
+        raise AssertionError("unreachable: asked only when one is missing")
+
     def free(self, slots: Slots) -> None:
         """See `PageStore`; they are deleted with the next put, or once there are many."""
-        self._to_free += [_KEY.pack(slot) for slot in slots.tolist()]
+        self._to_free += bytes_of(np.ascontiguousarray(slots, np.uint64))
         if len(self._to_free) >= _FREE_AT_ONCE:
             self._delete_now()
 
@@ -199,6 +215,11 @@ class LmdbPages:
                     del keys[at]
 
     def _first_damaged(self, keys: list[bytes], start: int, transaction: Any) -> int:
+        # All at once; one that cannot be read, or is damaged, is then looked for.
+        with contextlib.suppress(lmdb.CorruptedError), transaction.cursor(self._heads.handle) as cursor:
+            values = [value for _, value in cursor.getmulti(keys[start:])]
+            if self._environment.values_are_sound(values):
+                return len(keys)
         is_sound = self._environment.value_is_sound
         with transaction.cursor(self._heads.handle) as cursor:
             for at in range(start, len(keys)):
@@ -223,3 +244,9 @@ class LmdbPages:
     def _all_slots(self, transaction: Any) -> Slots:
         with transaction.cursor(self._tails.handle) as cursor:
             return np.frombuffer(b"".join(cursor.iternext(values=False)), np.uint64)
+
+
+def bytes_of(array: Any) -> list[bytes]:
+    """Each element of a contiguous array as LMDB takes it."""
+    parts: list[bytes] = array.view(f"V{array.dtype.itemsize}").tolist()
+    return parts

@@ -19,6 +19,7 @@ import numpy as np
 from edm._native import lib
 from edm.dms.table import NO_SLOTS, PageTable, words_at
 from edm.errors import Corrupt, StoreError
+from edm.plugins.store_lmdb.pages import bytes_of
 from edm.types import PAGE_REF
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class _Changes:
     refs: PageRefs = attrs.field(factory=lambda: np.zeros(0, PAGE_REF))
     slots: Slots = attrs.field(factory=lambda: NO_SLOTS)
     named: list[tuple[str, int, int | None]] = attrs.field(factory=list)
+    written_over: tuple[int, int] | None = None
+    """How many rows the pages had before, and the sum of those rows' checksums; None: not known."""
 
 
 class LmdbSpt(PageTable):
@@ -57,6 +60,8 @@ class LmdbSpt(PageTable):
         self._environment = environment
         self._pending: list[_Changes] = []
         self._closed = False
+        # Those with an entry in LMDB, or in what is pending.
+        self._named: set[int] = set()
         # None: a commit is said to have failed, and may be there all the same once the environment is opened anew.
         self._totals: tuple[int, int] | None = None
         try:
@@ -72,20 +77,36 @@ class LmdbSpt(PageTable):
 
     def record(self, refs: PageRefs, slots: Slots) -> Slots:
         """See `SptStore`."""
-        new = [region for region in np.unique(refs["region"]).tolist() if region not in self.regions()]
+        before = self._rows_there(refs)
         gone = super().record(refs, slots)
-        named: list[tuple[str, int, int | None]] = [("region", region, 0) for region in new]
-        self._pending.append(_Changes(refs=refs.copy(), slots=slots.copy(), named=named))
+        new = set(refs["region"].tolist()) - self._named
+        self._named |= new
+        named: list[tuple[str, int, int | None]] = [("region", region, 0) for region in sorted(new)]
+        self._pending.append(_Changes(refs=refs.copy(), slots=slots.copy(), named=named, written_over=before))
         return gone
+
+    def _rows_there(self, refs: PageRefs) -> tuple[int, int] | None:
+        """What `_Changes.written_over` says; not known of pages that stand twice in refs, or not in order."""
+        same, index = refs["region"][1:] == refs["region"][:-1], refs["index"]
+        if not bool((same & (index[1:] > index[:-1])).all()):
+            return None
+        stored, slots = refs.copy(), np.empty(len(refs), np.uint64)
+        count = self.answer(stored, slots)
+        if not count:
+            return 0, 0
+        there = stored["status"] == 1
+        return count, int(rows_of(stored[there], slots[there])["hash"].sum(dtype=np.uint64))
 
     def create(self, region: int) -> None:
         """See `SptStore`."""
         super().create(region)
+        self._named.add(region)
         self._pending.append(_Changes(named=[("region", region, 0)]))
 
     def clone(self, region: int, into: int) -> Slots:
         """See `SptStore`."""
         gone = super().clone(region, into)
+        self._named.add(into)
         if region != into:
             refs, slots = self.pages(into)
             self._pending.append(_Changes([(into, 0, 1 << 64)], refs, slots, [("region", into, 0)]))
@@ -111,6 +132,7 @@ class LmdbSpt(PageTable):
     def drop_region(self, region: int) -> Slots:
         """See `SptStore`."""
         gone = super().drop_region(region)
+        self._named.discard(region)
         self._pending.append(_Changes([(region, 0, 1 << 64)], named=[("region", region, None)]))
         return gone
 
@@ -176,7 +198,9 @@ class LmdbSpt(PageTable):
             for kind, key, value in changes.named:
                 self._name(transaction, kind, key, value)
             if len(changes.refs):
-                added, added_sum = self._put(transaction, changes.refs, changes.slots)
+                # Where it is not sure what is there, the rows that are written over say what they are.
+                over = changes.written_over if self._totals else None
+                added, added_sum = self._put(transaction, changes.refs, changes.slots, over)
                 count, total = count + added, total + added_sum
         totals = count, total % (1 << 64)
         transaction.put(_TOTALS_KEY, _TOTALS.pack(*totals), db=self._names.handle)
@@ -189,19 +213,21 @@ class LmdbSpt(PageTable):
         else:
             transaction.put(name, _TOTALS.pack(value, _check_of(key, value)), db=self._names.handle)
 
-    def _put(self, transaction: Any, refs: PageRefs, slots: Slots) -> tuple[int, int]:
+    def _put(self, transaction: Any, refs: PageRefs, slots: Slots, over: tuple[int, int] | None) -> tuple[int, int]:
         rows = rows_of(refs, slots)
         keys = np.empty(len(refs), KEY)
         keys["region"], keys["index"] = refs["region"], refs["index"]
-        packed_keys, packed_rows = keys.tobytes(), rows.tobytes()
-        added = total = 0
+        packed_keys, packed_rows = bytes_of(keys), bytes_of(rows)
         with transaction.cursor(self._rows.handle) as cursor:
-            for i, row_hash in enumerate(rows["hash"].tolist()):
-                key = packed_keys[i * KEY.itemsize : (i + 1) * KEY.itemsize]
+            if over is not None:
+                cursor.putmulti(zip(packed_keys, packed_rows, strict=True))
+                return len(refs) - over[0], int(rows["hash"].sum(dtype=np.uint64)) - over[1]
+            added = total = 0
+            for key, row, row_hash in zip(packed_keys, packed_rows, rows["hash"].tolist(), strict=True):
                 if cursor.set_key(key):
                     added -= 1
                     total -= int.from_bytes(bytes(cursor.value())[-8:], "little")
-                cursor.put(key, packed_rows[i * ROW.itemsize : (i + 1) * ROW.itemsize])
+                cursor.put(key, row)
                 added += 1
                 total += row_hash
         return added, total
@@ -237,6 +263,7 @@ class LmdbSpt(PageTable):
                     raise self._damaged(f"the entry '{kind} {key}'")
                 if kind == "region":
                     super().create(int(key))
+                    self._named.add(int(key))
                 else:
                     super().note(int(key), number)
         if self._load_rows(transaction) != totals:

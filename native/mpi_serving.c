@@ -1,8 +1,9 @@
-// A memory server's rank [6-11]: takes every message, answers gets of stored pages through the server's table, and
-// leaves the rest to Python (edm/plugins/transport_mpi/serving.py).
+// A memory server's rank [6-11]: takes every message, answers gets of stored pages and ordinary evictions through the
+// server's table, and leaves the rest to Python (edm/plugins/transport_mpi/serving.py).
 //
-// A get needs nothing of what edm/dms/answering.py remembers of a channel: it changes nothing, MPI repeats none, and
-// what may be stale is looked at where it is carried out.
+// Neither needs what edm/dms/answering.py remembers of a channel. That is for requests which their own repeat has
+// overtaken, and MPI keeps the order of what one rank sends another: a repeat comes behind the request and before any
+// later one, and the server's table leaves repeated evictions to Python.
 #include <errno.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -19,6 +20,8 @@
 #define PAGE_BYTES 4096u
 #define GET 2u /* edm.wire.Kind */
 #define PAGES 3u
+#define EVICT 4u
+#define ACK 5u
 #define MAX_UNSENT 16   // replies that nobody has taken yet; beyond that no new request is
 #define SEND_TESTS 200  // of a reply on its way, before turning to other requests
 #define BURST 20        // tests between two looks at the clock
@@ -121,24 +124,45 @@ static int send_reply(struct edm_mpi_serving *s, uint64_t length, uint64_t befor
     return s->reply ? 0 : -ENOMEM;
 }
 
-// 1: answered; 0: left to Python, with the request untouched; -EIO, -ENOMEM.
-static int answer(struct edm_mpi_serving *s, int length, int rank, int tag) {
-    struct edm_wire_head head;
-    if (!s->server || edm_wire_open(s->request, (uint64_t)length, s->capacity, &head) || head.kind != GET)
-        return 0;
+// What follows answers one kind of request. 1: answered; 0: left to Python, with the request untouched; -EIO, -ENOMEM.
+
+static int answer_get(struct edm_mpi_serving *s, const struct edm_wire_head *head, int rank, int tag) {
     struct edm_page_ref *refs = (struct edm_page_ref *)(s->reply + HEADER_BYTES);
-    size_t refs_bytes = head.batch * sizeof *refs;
+    size_t refs_bytes = head->batch * sizeof *refs;
     memcpy(refs, s->request + HEADER_BYTES, refs_bytes);
-    if (s->server->get(s->server->self, head.instance, refs, head.batch, s->reply + HEADER_BYTES + refs_bytes))
+    if (s->server->get(s->server->self, head->instance, refs, head->batch, s->reply + HEADER_BYTES + refs_bytes))
         return 0;
-    uint32_t found = edm_wire_gather(s->reply, head.batch);
-    uint64_t sealed = edm_wire_seal(s->reply, PAGES, head.batch, head.channel, head.instance, head.request, 0, found);
+    uint32_t found = edm_wire_gather(s->reply, head->batch);
+    uint64_t sealed =
+        edm_wire_seal(s->reply, PAGES, head->batch, head->channel, head->instance, head->request, 0, found);
     s->served.gets++;
     s->served.pages_sent += found;
     // Pages that are all there can go to where they belong: the DM-Handler knows where, once it has seen the rest.
-    bool split = found == head.batch && found >= EDM_MPI_SPLIT_PAGES;
+    bool split = found == head->batch && found >= EDM_MPI_SPLIT_PAGES;
     int result = send_reply(s, sealed, split ? HEADER_BYTES + refs_bytes : sealed, rank, tag);
     return result ? result : 1;
+}
+
+static int answer_evict(struct edm_mpi_serving *s, const struct edm_wire_head *head, int rank, int tag) {
+    struct edm_page_ref *refs = (struct edm_page_ref *)(s->reply + HEADER_BYTES);
+    size_t refs_bytes = head->batch * sizeof *refs;
+    memcpy(refs, s->request + HEADER_BYTES, refs_bytes);
+    if (s->server->evict(s->server->self, head->instance, refs, head->batch, s->request + HEADER_BYTES + refs_bytes))
+        return 0;
+    uint64_t sealed = edm_wire_seal(s->reply, ACK, head->batch, head->channel, head->instance, head->request, 0, 0);
+    s->served.evicts++;
+    s->served.pages_received += head->batch;
+    int result = send_reply(s, sealed, sealed, rank, tag);
+    return result ? result : 1;
+}
+
+static int answer(struct edm_mpi_serving *s, int length, int rank, int tag) {
+    struct edm_wire_head head;
+    if (!s->server || edm_wire_open(s->request, (uint64_t)length, s->capacity, &head))
+        return 0;
+    if (head.kind == GET)
+        return answer_get(s, &head, rank, tag);
+    return head.kind == EVICT ? answer_evict(s, &head, rank, tag) : 0;
 }
 
 // One burst of tests: 1: a message is there and `served` tells of it; 0: none; -EIO.

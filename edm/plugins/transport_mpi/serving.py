@@ -1,8 +1,8 @@
 """A memory server's rank: takes requests from all DM-Handlers and answers them [6-11].
 
-One thread, one posted receive for whatever comes, in C (native/mpi_serving.c), which answers gets of stored pages by
-itself where the server has a table; everything else is answered here. Idle, it tests in bursts with sleeps between (in
-C), which grow from `sleep_us` to `sleep_max_us`; a request ends that at once.
+One thread, one posted receive for whatever comes, in C (native/mpi_serving.c), which answers gets of stored pages and
+evictions by itself where the server has a table; everything else is answered here. Idle, it tests in bursts with sleeps
+between (in C), which grow from `sleep_us` to `sleep_max_us`; a request ends that at once.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class MpiServing:
     def figures(self) -> dict[str, Any]:
         """What was answered so far."""
         figures = attrs.asdict(self._answerer.figures)
-        figures["gets"] += self._served.gets
-        figures["pages_sent"] += self._served.pages_sent
+        for name in ("gets", "pages_sent", "evicts", "pages_received"):
+            figures[name] += getattr(self._served, name)
         return figures
 
     def _burst(self, idle_s: float) -> bool:

@@ -41,8 +41,7 @@ bool edm_crc32c_wide_prepare(void) {
         by_lane[lane] = fold_by((3 - lane) * LANE);
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("pclmul") &&
-           __builtin_cpu_supports("sse4.2");
+           __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.2");
 }
 
 WIDE static inline __m512i fold(__m512i lanes, __m512i by, __m512i more) {

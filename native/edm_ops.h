@@ -41,7 +41,7 @@ struct edm_page_store_ops {
     void *self;
     /* As PageStore.get. 0 or a negative errno: the same call through Python says what it was. */
     int (*get)(void *self, const uint64_t *slots, uint32_t n, void *into);
-    /* The same for who knows the pages' checksums: they are held against these, and not against the store's own. */
+    /* The same for who knows the pages' checksums, and so need not check what comes: -EBADMSG if one is not that. */
     int (*get_known)(void *self, const uint64_t *slots, const uint32_t *sums, uint32_t n, void *into);
     /* As PageStore.put, of a store whose `sync` has nothing to do: 0, or a negative errno with nothing kept. */
     int (*put)(void *self, const void *pages, const uint32_t *sums, uint32_t n, uint64_t *slots);

@@ -35,7 +35,8 @@ static int write_frame(struct edm_journal *journal, uint64_t bytes) {
         int fail = journal->fail;
         journal->fail = 0;
         uint64_t part = fail < 0 ? (bytes - done + 1) / 2 : bytes - done;
-        ssize_t n = fail > 0 ? -1 : pwrite(journal->fd, (char *)journal->frame + done, part, (off_t)(journal->end + done));
+        ssize_t n =
+            fail > 0 ? -1 : pwrite(journal->fd, (char *)journal->frame + done, part, (off_t)(journal->end + done));
         if (n < 0) {
             int error = fail > 0 ? fail : errno;
             if (error == EINTR)

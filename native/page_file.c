@@ -228,9 +228,9 @@ int pf_get(struct edm_pf *pf, const uint64_t *slots, const uint32_t *sums, size_
         int failed = pf_read_pages(pf, segment, first, (uint32_t)length, to + i * PF_PAGE);
         if (failed)
             return pf_failed(pf, failed, slots[i]);
-        const uint32_t *wanted = sums ? sums + i : segment->sums + first;
         for (uint32_t k = 0; k < length; k++)
-            if (edm_crc32c(to + (i + k) * PF_PAGE, PF_PAGE) != wanted[k])
+            if (edm_crc32c(to + (i + k) * PF_PAGE, PF_PAGE) != segment->sums[first + k] ||
+                (sums && sums[i + k] != segment->sums[first + k]))
                 return pf_failed(pf, -EBADMSG, slots[i + k]);
     }
     return 0;

@@ -63,7 +63,7 @@ int pf_read_pages(struct edm_pf *pf, struct pf_segment *segment, uint32_t first,
 int pf_write_pages(struct edm_pf *pf, struct pf_segment *segment, uint32_t first, uint32_t count, const uint8_t *from);
 int pf_write_sums(struct edm_pf *pf, struct pf_segment *segment, uint32_t first, uint32_t count);
 int pf_failed(struct edm_pf *pf, int error, uint64_t slot);
-// As edm_pf_get; sums: what the pages' checksums must be, NULL: what is stored beside them.
+// As edm_pf_get; sums: what the pages' checksums must be besides; or NULL.
 int pf_get(struct edm_pf *pf, const uint64_t *slots, const uint32_t *sums, size_t n, void *into);
 
 static inline bool pf_bit(const uint64_t *bits, uint32_t i) { return bits[i / 64] >> i % 64 & 1; }

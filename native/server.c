@@ -43,7 +43,8 @@ struct edm_server {
 
 // ---- get [6-10]
 
-static bool read_pages(struct edm_server *s, const struct edm_page_ref *refs, uint32_t first, uint32_t n, uint8_t *into) {
+static bool read_pages(struct edm_server *s, const struct edm_page_ref *refs, uint32_t first, uint32_t n,
+                       uint8_t *into) {
     const uint64_t *slots = s->slots + first;
 
     if (!s->knows)
@@ -112,9 +113,9 @@ int edm_server_evict(struct edm_server *s, uint32_t instance, struct edm_page_re
                      const void *pages) {
     uint32_t n = (uint32_t)count;
 
-    if (!s->evicts || s->blocked || s->unsaved_count || count > BATCH || !count || s->waiting_count >= s->most_waiting ||
-        (s->journal && edm_journal_ready(s->journal, n)) || !ordinary(s, instance, refs, n, pages) ||
-        make_room(s, n + edm_spt_gone(s->spt, NULL)))
+    if (!s->evicts || s->blocked || s->unsaved_count || count > BATCH || !count ||
+        s->waiting_count >= s->most_waiting || (s->journal && edm_journal_ready(s->journal, n)) ||
+        !ordinary(s, instance, refs, n, pages) || make_room(s, n + edm_spt_gone(s->spt, NULL)))
         return -EAGAIN;
     for (uint32_t i = 0; i < n; i++)
         s->sums[i] = refs[i].checksum;
@@ -182,9 +183,7 @@ size_t edm_server_unsaved(struct edm_server *s, struct edm_page_name *out) {
 
 // ---- the table, for any thread
 
-static bool enter(struct edm_server *s) {
-    return !pthread_mutex_trylock(&s->mu) || !edm_server_enter(s, PATIENCE_S);
-}
+static bool enter(struct edm_server *s) { return !pthread_mutex_trylock(&s->mu) || !edm_server_enter(s, PATIENCE_S); }
 
 static int get(void *self, uint32_t instance, struct edm_page_ref *refs, uint32_t n, void *into) {
     struct edm_server *s = self;

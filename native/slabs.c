@@ -177,8 +177,8 @@ int edm_slabs_get(struct edm_slabs *s, const uint64_t *slots, const uint32_t *su
         s->failed_slot = slots[i];
         if (!slab || !pf_bit(slab->used, (uint32_t)at))
             return -ENOENT;
-        if (edm_crc32c_copy((uint8_t *)into + i * PAGE, slab->pages + at * PAGE, PAGE) !=
-            (sums ? sums[i] : slab->sums[at]))
+        if (edm_crc32c_copy((uint8_t *)into + i * PAGE, slab->pages + at * PAGE, PAGE) != slab->sums[at] ||
+            (sums && sums[i] != slab->sums[at]))
             return -EBADMSG;
     }
     return 0;
@@ -223,8 +223,8 @@ struct edm_slabs *edm_slabs_new(uint32_t slab_pages, uint64_t limit_pages) {
     struct edm_slabs *s = calloc(1, sizeof *s);
 
     if (s) {
-        s->ops = (struct edm_page_store_ops){EDM_OPS_VERSION, sizeof s->ops, s, slabs_get, slabs_get_known, slabs_put,
-                                             slabs_release};
+        s->ops = (struct edm_page_store_ops){EDM_OPS_VERSION, sizeof s->ops, s, slabs_get, slabs_get_known,
+                                             slabs_put,       slabs_release};
         s->slab_pages = slab_pages;
         s->limit_pages = limit_pages;
         s->current = s->spare = NONE;
@@ -270,8 +270,8 @@ void *edm_pf_table_new(struct edm_pf *pf, int writes) {
     struct edm_page_store_ops *t = calloc(1, sizeof *t);
 
     if (t)
-        *t = (struct edm_page_store_ops){
-            EDM_OPS_VERSION, sizeof *t, pf, files_get, files_get_known, writes ? files_put : NULL, files_release};
+        *t = (struct edm_page_store_ops){EDM_OPS_VERSION,           sizeof *t,    pf, files_get, files_get_known,
+                                         writes ? files_put : NULL, files_release};
     return t;
 }
 

@@ -342,6 +342,74 @@ static void damaged_page_files_give_errors(void) {
     edm_pf_close(pf);
 }
 
+// ---- slabs of memory
+
+static void slabs_match_a_model(void) {
+    static uint8_t pages[BATCH * PAGE], found[PAGE], wanted[PAGE];
+    struct edm_slabs *slabs = edm_slabs_new(64, MOST);
+    struct edm_slabs_figures figures;
+    uint64_t next = 1, slots[BATCH];
+    uint32_t sums[BATCH];
+
+    CHECK(slabs);
+    edm_slabs_keep_off(slabs, 1000);
+    kept = 0;
+    for (unsigned step = 0; step < 4000; step++) {
+        // Waves: it grows to its limit, and shrinks to nothing.
+        bool grows = step / 200 % 2 ? below(4) == 0 : below(4) > 0;
+        uint64_t n = 1 + below(BATCH);
+        if (grows) {
+            for (unsigned k = 0; k < n; k++) {
+                fill(pages + k * PAGE, next + k);
+                sums[k] = edm_crc32c(pages + k * PAGE, PAGE);
+            }
+            int result = edm_slabs_put(slabs, pages, sums, n, slots);
+            CHECK(result == (kept + n > MOST ? -EDQUOT : 0));
+            for (unsigned k = 0; k < n && !result; k++) {
+                CHECK(slots[k] >= 1024);
+                for (uint64_t i = 0; i < kept; i++)
+                    CHECK(slot_of[i] != slots[k]);
+                slot_of[kept] = slots[k];
+                number_of[kept++] = next + k;
+            }
+            next += n;
+        } else {
+            for (n = n < kept ? n : kept; n; n--) {
+                uint64_t at = below(kept);
+                slots[0] = slot_of[at];
+                slot_of[at] = slot_of[--kept];
+                number_of[at] = number_of[kept];
+                edm_slabs_release(slabs, slots, 1);
+                CHECK(edm_slabs_get(slabs, slots, NULL, 1, found) == -ENOENT);
+                CHECK(edm_slabs_failed(slabs) == slots[0]);
+                edm_slabs_release(slabs, slots, 1);  // once more does nothing
+            }
+        }
+        edm_slabs_stat(slabs, &figures);
+        CHECK(figures.pages == kept);
+        for (uint64_t i = step % 7; i < kept; i += 7) {
+            fill(wanted, number_of[i]);
+            CHECK(!edm_slabs_get(slabs, &slot_of[i], NULL, 1, found) && !memcmp(found, wanted, PAGE));
+        }
+    }
+    // What is empty goes back, but for one slab and the one that is being filled.
+    edm_slabs_release(slabs, slot_of, kept);
+    edm_slabs_stat(slabs, &figures);
+    CHECK(!figures.pages && figures.bytes <= 2 * 64 * PAGE);
+    kept = 0;
+
+    fill(pages, 1);
+    sums[0] = edm_crc32c(pages, PAGE);
+    CHECK(!edm_slabs_put(slabs, pages, sums, 1, slots));
+    uint32_t another = sums[0] + 1;
+    CHECK(!edm_slabs_get(slabs, slots, sums, 1, found));
+    CHECK(edm_slabs_get(slabs, slots, &another, 1, found) == -EBADMSG);
+    ((uint8_t *)edm_slabs_page(slabs, slots[0]))[77] ^= 4;
+    CHECK(edm_slabs_get(slabs, slots, sums, 1, found) == -EBADMSG);
+    CHECK(edm_slabs_get(slabs, slots, NULL, 1, found) == -EBADMSG);
+    edm_slabs_free(slabs);
+}
+
 // ---- LMDB files: a made-up one of a meta page pair, a table of tables and a table with a few rows
 
 static uint8_t lmdb[6 * PAGE];
@@ -461,6 +529,7 @@ int main(void) {
     changes_that_cannot_be_are_refused();
     page_files_match_a_model();
     damaged_page_files_give_errors();
+    slabs_match_a_model();
     damaged_lmdb_files_are_found();
     char command[64];
     snprintf(command, sizeof command, "rm -rf %s", directory);

@@ -123,7 +123,7 @@ class FileSpt(PageTable):
         return type(self) is FileSpt and not self._always and self._system_calls[0] is os.pwrite
 
     @property
-    def journal(self) -> Any:  # type: ignore[override]
+    def journal(self) -> Any:
         """See `PageTable`."""
         return self._journal.state
 
@@ -179,7 +179,11 @@ class FileSpt(PageTable):
         # Kept until they are written: a commit that fails is made good by the next, also one of the C core's, which
         # writes only where nothing else is to be written before.
         state = self._journal.state
-        first = bytes(ffi.buffer(ffi.cast("char *", state.frame) + HEADER.size, state.unwritten)) if state.unwritten else b""
+        first = (
+            bytes(ffi.buffer(ffi.cast("char *", state.frame) + HEADER.size, state.unwritten))
+            if state.unwritten
+            else b""
+        )
         self._journal.append(b"".join([first, *self._changes]), flags)
         self._written()
 

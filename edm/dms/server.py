@@ -70,8 +70,8 @@ class MemoryServer:
         self.counters = Counters()
         self._slots = np.empty(MAX_BATCH_PAGES, np.uint64)
         self._answer = getattr(spt, "answer", None) or self._answer_by_lookup
-        # Let go of by the SPT, not free yet: until the commit, or where that is lazy until the next flush. A server in C
-        # has them itself, but for those that are being freed.
+        # Let go of by the SPT, not free yet: until the commit, or where that is lazy until the next flush. A server in
+        # C has them itself, but for those that are being freed.
         self._let_go: list[Slots] = []
         # Recorded, but the commit failed: what a repeat must not be answered from.
         self._unsaved: set[tuple[int, int]] = set()

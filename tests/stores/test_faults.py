@@ -200,10 +200,10 @@ def test_full_disk_is_store_full_and_names_the_file(tmp_path):
 def test_read_error_is_an_error_for_that_page_only(tmp_path):
     world = World(tmp_path, "none")
     assert world.evict(range(10))
-    # The batch is one read; then each page by itself: the third of these fails.
+    # The batch is one read, in C and then through Python; then each page by itself: the first of these fails.
     lib.edm_pf_fail(world.pages.native, lib.EDM_PF_READ, 0, 1, errno.EIO)
     world.check()
-    lib.edm_pf_fail(world.pages.native, lib.EDM_PF_READ, 0, 2, errno.EIO)
+    lib.edm_pf_fail(world.pages.native, lib.EDM_PF_READ, 0, 3, errno.EIO)
     refs, _ = batch_of(world.instance << 32, range(10), 0)
     into = bytearray(10 * PAGE_BYTES)
     world.server.get(world.instance, refs, memoryview(into))

@@ -167,12 +167,13 @@ def batch(pages):
 
 def requests_per_second(transport, channels, library, seconds=1.0):
     """Single pages, every channel in a thread of its own, which stays in C as the engine's workers do."""
-    library.edm_ask.restype, library.edm_ask.argtypes = ctypes.c_int64, [ctypes.c_void_p, ctypes.c_double]
-    counts = [0] * channels
+    library.edm_ask.restype = ctypes.c_int64
+    library.edm_ask.argtypes = [ctypes.c_void_p, ctypes.c_double, ctypes.POINTER(ctypes.c_int64)]
+    counts, late = [0] * channels, [ctypes.c_int64() for _ in range(channels)]
 
     def work(number):
         channel = transport.connect()
-        counts[number] = library.edm_ask(address_of(channel, CHANNEL), seconds)
+        counts[number] = library.edm_ask(address_of(channel, CHANNEL), seconds, late[number])
         channel.close()
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(channels)]
@@ -182,6 +183,8 @@ def requests_per_second(transport, channels, library, seconds=1.0):
         thread.join()
     if min(counts) < 0:
         sys.exit(f"a request failed: {os.strerror(-min(counts))}")
+    if any(number.value for number in late):
+        print(f"{channels} channels: {sum(number.value for number in late)} requests took longer than a second")
     return sum(counts) / seconds
 
 

@@ -1,5 +1,6 @@
 /* A memory server that answers at once, with whatever is in the reply's buffer: what is measured is the transport. And
    a worker that asks for one page after the other, as the engine's do: without Python. */
+#include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <time.h>
@@ -34,16 +35,19 @@ static double now_s(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-/* How many requests for one page were answered in so many seconds; negative: an errno. */
-int64_t edm_ask(const struct edm_channel_ops *channel, double seconds) {
+/* How many requests for one page were answered in so many seconds; negative: an errno. `late`: how many were not within
+   the table's patience, and were made anew. */
+int64_t edm_ask(const struct edm_channel_ops *channel, double seconds, int64_t *late) {
     _Alignas(64) uint8_t page[4096];
     struct edm_page_ref ref = {.region = 1ull << 32};
     double end = now_s() + seconds;
     int64_t count = 0;
-    for (; now_s() < end; count++) {
+    while (now_s() < end) {
         int result = channel->fetch(channel->self, &ref, 1, page);
-        if (result)
+        if (result && result != -ETIMEDOUT)
             return result;
+        count += !result;
+        *late += result == -ETIMEDOUT;
     }
     return count;
 }

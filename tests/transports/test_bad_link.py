@@ -88,7 +88,7 @@ def digest_over_a_good_link(tmp_path_factory):
 
 
 def test_a_slow_link_gives_the_same_pages(linked, digest_over_a_good_link):
-    linked.say("delay 0.02")
+    linked.say("delay 0.01")
     assert linked.digest() == digest_over_a_good_link
 
 
@@ -98,7 +98,7 @@ def test_a_link_that_drops_packets_gives_the_same_pages(linked, digest_over_a_go
     assert linked.say("mend")[1] > 0
 
 
-@pytest.mark.parametrize("seconds", [1.0, 5.0], ids=["shorter than the silence", "longer than the silence"])
+@pytest.mark.parametrize("seconds", [1.0, 3.5], ids=["shorter than the silence", "longer than the silence"])
 def test_a_link_that_is_cut_is_waited_for(linked, digest_over_a_good_link, seconds):
     linked.wait_for(lambda: linked.turn() >= 10)
     linked.say("cut")

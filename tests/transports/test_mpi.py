@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from edm.plugins.transport_mpi.launch import find_mpiexec
+from edm.plugins.transport_mpi.launch import find_mpiexec, wrong_launcher
 from edm.plugins.transport_mpi.world import World
 
 
@@ -41,6 +41,45 @@ def test_a_rank_of_another_machine_is_taken_to_be_alive(world_of):
     assert world.alive(0)
 
 
+class Library:
+    """What `mpi4py.MPI` says of the library it uses."""
+
+    def __init__(self, vendor, configured=""):
+        self.vendor, self.configured = vendor, configured
+
+    def get_vendor(self):
+        return self.vendor, (5, 0, 2)
+
+    def Get_library_version(self):
+        return f"{self.vendor} Version: 5.0.2\nconfigure: {self.configured}"
+
+
+def test_another_mpis_launcher_is_told_before_mpi_ends_the_process():
+    by_open_mpi, by_mpich = {"OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"}, {"PMI_RANK": "0"}
+    assert "started by Open MPI's launcher, and mpi4py uses MPICH 5.0.2" in wrong_launcher(
+        Library("MPICH", "--with-pm=hydra"), by_open_mpi
+    )
+    assert wrong_launcher(Library("MPICH", "--with-pmix=/usr"), by_open_mpi) == ""
+    assert wrong_launcher(Library("Open MPI"), by_open_mpi) == ""
+    assert wrong_launcher(Library("MPICH"), by_mpich) == ""
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("command", [["dms", "--transport", "mpi"], ["run", "--", "true"]], ids=lambda words: words[0])
+def test_a_rank_of_open_mpis_launcher_over_mpich_is_one_clear_line(command):
+    vendor = subprocess.run([sys.executable, "-c", VENDOR], capture_output=True, text=True, check=True).stdout
+    if vendor.strip() != "MPICH":
+        pytest.skip(f"mpi4py uses {vendor.strip()} here, which says nothing of its own")
+    result = subprocess.run(
+        [sys.executable, "-m", "edm", *command],
+        env={**os.environ, "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert [line for line in result.stderr.splitlines() if "Open MPI's launcher" in line] == [result.stderr.strip()]
+
+
+VENDOR = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])"
 FOUND = """
 from edm._native import lib
 from edm.plugins.transport_mpi.library import find_library

@@ -102,45 +102,6 @@ def test_a_slow_server_gets_repeats_and_applies_them_once(meet):
     assert channel.control({"op": "stat"})["pages"] == 3
 
 
-def test_every_one_of_eight_clients_gets_its_share(meet, tmp_path):
-    serving, first = meet()
-    transports = [first] + [
-        open_transport(ZmqOptions(dms=serving.options.listen), RunContext(tmp_path, tmp_path, "dm-handler"))
-        for _ in range(7)
-    ]
-    counts, failures = [0] * 8, []
-    begin, end = threading.Barrier(8), time.monotonic() + 2.5
-
-    def work(number):
-        try:
-            channel, instance = hello(transports[number])
-            # Half of them send large batches, half ask for single pages.
-            size = 64 if number % 2 else 1
-            refs, pages = batch_of(instance << 32, np.arange(size), version=1, seed=number)
-            channel.evict(refs, memoryview(pages))
-            begin.wait()
-            while time.monotonic() < end:
-                asked, into = wanted(instance << 32, np.arange(size)), bytearray(size * PAGE_BYTES)
-                channel.fetch(asked, memoryview(into))
-                assert into == pages
-                counts[number] += 1
-            channel.close()
-        except BaseException as error:
-            failures.append(error)
-            raise
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    assert serving.transport.peers() == 8
-    for transport in transports[1:]:
-        transport.close()
-    assert min(counts) > max(counts) / 8, counts
-
-
 def test_clients_that_never_say_goodbye_are_not_remembered_for_ever(meet, monkeypatch):
     monkeypatch.setattr(serving_module, "MOST_SEEN", 5)
     serving, transport = meet()

@@ -42,4 +42,5 @@ def _ending_the_job() -> Iterator[None]:
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"edm: {' '.join(text.split())}", err=True)
         end_job(2)
-        raise
+        # In a job that is over, or that cannot be joined: it has been said already.
+        raise SystemExit(2) from None

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from edm.errors import MissingExtra, UsageError
 from edm.types import LaunchPlan
@@ -98,20 +98,38 @@ def end_job(status: int) -> None:
         return
     from mpi4py import MPI  # noqa: PLC0415
 
-    if MPI.Is_finalized():
-        return  # all ranks agreed to leave: each ends with its own status
+    if MPI.Is_finalized() or wrong_launcher(MPI):
+        return  # all ranks agreed to leave, or none can join: each ends with its own status
     if not MPI.Is_initialized():
         MPI.Init()
     MPI.COMM_WORLD.Abort(status)
 
 
 def join_job() -> None:
-    """Initialise MPI, which waits for all ranks of the job to do so; raises `MissingExtra`."""
+    """Initialise MPI, which waits for all ranks of the job to do so; raises `MissingExtra`, `UsageError`."""
     from edm.plugins.transport_mpi.world import load_mpi  # noqa: PLC0415
 
     mpi = load_mpi()
     if not mpi.Is_initialized():
+        if wrong := wrong_launcher(mpi):
+            raise UsageError(wrong)
         mpi.Init_thread(mpi.THREAD_MULTIPLE)
+
+
+def wrong_launcher(mpi: Any, environment: Mapping[str, str] = os.environ) -> str:
+    """What is wrong with the launcher of this rank, or "": MPI itself would end the process in many words.
+
+    The other way round, and without a common job at all, every rank is alone, which `World` tells of.
+    """
+    vendor, version = mpi.get_vendor()
+    if "OMPI_COMM_WORLD_RANK" not in environment or vendor != "MPICH":
+        return ""
+    if "pmix" in mpi.Get_library_version().lower():
+        return ""  # built to be started by others
+    name = f"{vendor} {'.'.join(map(str, version))}"
+    return (
+        f"this rank was started by Open MPI's launcher, and mpi4py uses {name}: start the job with {vendor}'s mpiexec"
+    )
 
 
 def _initialized() -> bool:

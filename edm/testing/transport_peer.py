@@ -123,8 +123,7 @@ def run_cases(run_dir: Path) -> None:
 
 
 def _contract(run_dir: Path) -> dict[str, Any]:
-    contract: dict[str, Any] = json.loads((run_dir / "contract.json").read_text())
-    return contract
+    return {"act": "cases", **json.loads((run_dir / "contract.json").read_text())}
 
 
 def _context(run_dir: Path, role: str) -> RunContext:

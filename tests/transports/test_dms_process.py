@@ -201,13 +201,20 @@ class Launcher:
         )  # fmt: skip
         self.line, _ = self.listener.accept()
         self.line.settimeout(SOON_S)
+        self.lines = self.line.makefile("r")
 
     def event(self):
-        with self.line.makefile("r") as lines:
-            return json.loads(lines.readline())
+        """The next one that is not of the process's start."""
+        while (event := json.loads(self.lines.readline()))["event"] == "started":
+            """So that the launcher knows whom to watch."""
+        return event
+
+    def hang_up(self):
+        self.lines.close()
+        self.line.close()
 
     def close(self):
-        self.line.close()
+        self.hang_up()
         self.listener.close()
         if self.process.poll() is None:
             self.process.kill()
@@ -255,7 +262,7 @@ def test_a_launched_dms_reports_why_it_cannot_run(launcher, tmp_path):
 def test_a_launched_dms_outlives_its_launcher_only_while_it_has_clients(launcher, tmp_path):
     made = launcher()
     transport, channel, instance = meet(made.event()["where"], tmp_path)
-    made.line.close()
+    made.hang_up()
     time.sleep(1.2)
     refs, pages = batch_of(instance << 32, [1], version=1)
     assert channel.evict(refs, memoryview(pages)) == ""
@@ -266,7 +273,7 @@ def test_a_launched_dms_outlives_its_launcher_only_while_it_has_clients(launcher
 def test_a_launched_dms_without_clients_ends_with_its_launcher(launcher):
     made = launcher()
     made.event()
-    made.line.close()
+    made.hang_up()
     assert made.process.wait(SOON_S) == 0
 
 

@@ -283,17 +283,17 @@ struct worker {
     uint8_t *pages;
     uint32_t slot[MAX_FETCH];
     uint32_t n;
-    uint64_t served_ns;  // when it last had something to do
-    struct space *last;  // where it read last; it may be gone
-    uint32_t yields;     // tries in a row of faults that were put off, without sleep
-    uint32_t in_a_row;   // reads there without a look at the others
-    uint32_t faults;     // since the faulting thread's CPU was last looked at
-    uint32_t patience;   // faults until it is looked at again
-    uint64_t looked_ns;  // when it was
-    int cpu, seen_cpu;   // where this worker is, and where it saw the program last; -1: anywhere
-    uint32_t seen;       // how often in a row
-    bool beside;         // the program was on this CPU when it was seen last
-    uint32_t crowded;    // waits to come that do not spin
+    uint64_t served_ns;     // when it last had something to do
+    struct space *last;     // where it read last; it may be gone
+    uint32_t yields;        // tries in a row of faults that were put off, without sleep
+    uint32_t in_a_row;      // reads there without a look at the others
+    uint32_t faults;        // since the faulting thread's CPU was last looked at
+    uint32_t patience;      // faults until it is looked at again
+    uint64_t looked_ns;     // when it was
+    int cpu, seen_cpu;      // where this worker is, and where it saw the program last; -1: anywhere
+    uint32_t seen;          // how often in a row
+    bool beside;            // the program was on this CPU when it was seen last
+    uint32_t crowded;       // waits to come that do not spin
     int stat_tid, stat_fd;  // the thread that was looked at last, and its /proc/TID/stat
 };
 

@@ -6,11 +6,11 @@
 
 #include "engine.h"
 
-#define SPIN_WORTH 4   // spinning is given up when no fault came for so many times its length
-#define YIELDS 16      // tries in a row of what was put off, before sleeping between them
-#define LOOK_ROUND 16  // reads of one space in a row, before the others are looked at
-#define CROWDED_NS 10000   // an offer of the CPU that takes so long let somebody else run
-#define CROWDED_WAITS 64   // … and so many waits sleep at once
+#define SPIN_WORTH 4      // spinning is given up when no fault came for so many times its length
+#define YIELDS 16         // tries in a row of what was put off, before sleeping between them
+#define LOOK_ROUND 16     // reads of one space in a row, before the others are looked at
+#define CROWDED_NS 10000  // an offer of the CPU that takes so long let somebody else run
+#define CROWDED_WAITS 64  // … and so many waits sleep at once
 
 static bool live(const struct edm_engine *g, const struct space *s) {
     for (uint32_t k = 0; k < g->nspaces; k++)
@@ -75,7 +75,8 @@ static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_ev
 }
 
 // Where faults come one after the other from another CPU, the next is most often there already, and of the same space:
-// it is read without asking first what is to be read. Not while the sidecar moves pages, which keeps others from reading.
+// it is read without asking first what is to be read. Not while the sidecar moves pages, which keeps others from
+// reading.
 static bool read_again(struct edm_engine *g, struct worker *w, int worker) {
     if (!w->last || w->beside || ++w->in_a_row >= LOOK_ROUND || pthread_mutex_trylock(&g->mu)) {
         w->in_a_row = 0;

@@ -177,8 +177,8 @@ static int new_pages(const struct measure *m) {
     return print_one(&s);
 }
 
-#define BLOCK_PAGES 512u      // 2 MiB: what one page of the kernel's page table covers
-#define WIDE (1ull << 40)     // bytes of address space
+#define BLOCK_PAGES 512u   // 2 MiB: what one page of the kernel's page table covers
+#define WIDE (1ull << 40)  // bytes of address space
 #define NARROW (1ull << 30)
 
 // New pages in random order, in blocks that are spread over `span` bytes; the time of each chunk over its faults.

@@ -202,7 +202,7 @@ def test_with_all_of_edm_dead_at_once_the_program_waits(edm, running):
 
 
 def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
-    process, command = running("inproc", rounds=20)
+    process, command = running("inproc", rounds=400)
     sidecar, working = wait_for(process.pid, "edm: sidecar", "working_set")
     time.sleep(0.2)
     os.kill(sidecar, signal.SIGKILL)

@@ -10,8 +10,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define NEAR_NS 200000u      // faults so close to each other are a row
-#define ROW 16               // in a row, until it is worth it
+#define NEAR_NS 300000u      // faults so close to each other are a row
+#define ROW 8                // in a row, until it is worth it
+#define AGAIN_NS 50000000u   // … at once, so soon after the last row
 #define LINGER_NS 300000u    // after the last one
 #define ALONE_NS 100000000u  // after a fault of another thread
 
@@ -61,7 +62,8 @@ void beside_fault(struct edm_engine *g, uint32_t thread) {
     }
     g->beside_row = now - g->beside_last < NEAR_NS ? g->beside_row + 1 : 0;
     g->beside_last = now;
-    if (g->beside_row < ROW || now < g->beside_alone)
+    uint64_t until = atomic_load(&g->beside_until);
+    if (g->beside_row < (now - until < AGAIN_NS || now < until ? 1 : ROW) || now < g->beside_alone)
         return;
     atomic_store(&g->beside_until, now + LINGER_NS);
     for (uint32_t i = 0; i < g->nseats; i++)
@@ -72,10 +74,11 @@ void beside_fault(struct edm_engine *g, uint32_t thread) {
 // On every CPU that this process may use, unless there is only one, or more than there are seats.
 void beside_start(struct edm_engine *g) {
     cpu_set_t may;
-    if (!g->cfg.keep_beside || sched_getaffinity(0, sizeof may, &may))
+    if (sched_getaffinity(0, sizeof may, &may))
         return;
     int n = CPU_COUNT(&may);
-    if (n < 2 || n > MAX_SEATS)
+    g->one_cpu = n == 1;
+    if (!g->cfg.keep_beside || n < 2 || n > MAX_SEATS)
         return;
     for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
         if (!CPU_ISSET(cpu, &may))

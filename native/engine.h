@@ -286,6 +286,7 @@ struct worker {
     uint64_t served_ns;     // when it last had something to do
     struct space *last;     // where it read last; it may be gone
     uint32_t yields;        // tries in a row of faults that were put off, without sleep
+    uint32_t misses;        // reads there in a row that found nothing
     uint32_t in_a_row;      // reads there without a look at the others
     uint32_t faults;        // since the faulting thread's CPU was last looked at
     uint32_t patience;      // faults until it is looked at again
@@ -375,6 +376,7 @@ struct edm_engine {
         _Atomic int turn;  // a futex
         _Atomic bool asleep;
     } seat[MAX_SEATS];  // see beside.c
+    bool one_cpu;       // is all that there is
     uint32_t nseats, beside_thread, beside_row;
     uint64_t beside_last, beside_alone;
     _Atomic uint64_t beside_until;

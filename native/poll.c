@@ -8,6 +8,8 @@
 
 #define SPIN_WORTH 4      // spinning is given up when no fault came for so many times its length
 #define YIELDS 16         // tries in a row of what was put off, before sleeping between them
+#define MISSES 8          // reads in a row that found nothing, until it is tried
+#define MISSED_TRIES 32   // … every so many times only
 #define LOOK_ROUND 16     // reads of one space in a row, before the others are looked at
 #define CROWDED_NS 10000  // an offer of the CPU that takes so long let somebody else run
 #define CROWDED_WAITS 64  // … and so many waits sleep at once
@@ -31,11 +33,12 @@ static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) 
 }
 
 // Look for the next fault without sleeping; what epoll_wait returned. Where faults come one after the other from
-// another CPU, this is cheaper than being woken for each. Not where the program is on this CPU: it can go on only when
-// this thread gives the CPU up. Nor where others want the CPU, to whom each offer of it would give a whole turn.
+// another CPU, this is cheaper than being woken for each. Not where the program stays on this CPU: it can go on only
+// when this thread gives the CPU up. Nor where others want the CPU, to whom each offer of it would give a whole turn.
 static int spin(struct edm_engine *g, struct worker *w, struct epoll_event *ev, int max) {
     uint64_t now = now_ns(), spin_ns = (uint64_t)g->cfg.spin_us * 1000u, end = now + spin_ns;
-    if (w->beside || now - w->served_ns >= SPIN_WORTH * spin_ns)
+    bool stays = w->beside && (g->one_cpu || now < atomic_load(&g->beside_until));
+    if (stays || now - w->served_ns >= SPIN_WORTH * spin_ns)
         return 0;
     if (w->crowded) {
         w->crowded--;
@@ -74,18 +77,22 @@ static int wait_readable(struct edm_engine *g, struct worker *w, struct epoll_ev
     return epoll_pwait2(g->epoll, ev, max, &t, NULL);
 }
 
-// Where faults come one after the other from another CPU, the next is most often there already, and of the same space:
-// it is read without asking first what is to be read. Not while the sidecar moves pages, which keeps others from
-// reading.
+// Where faults come one after the other, the next is most often there already, and of the same space: the program may
+// have been let go on, and have faulted again, before UFFDIO_COPY came back. It is read without asking first what is to
+// be read, as long as that mostly succeeds. Not while the sidecar moves pages, which keeps others from reading.
 static bool read_again(struct edm_engine *g, struct worker *w, int worker) {
-    if (!w->last || w->beside || ++w->in_a_row >= LOOK_ROUND || pthread_mutex_trylock(&g->mu)) {
+    if (!w->last || (w->misses >= MISSES && ++w->misses % MISSED_TRIES))
+        return false;
+    if (++w->in_a_row >= LOOK_ROUND || pthread_mutex_trylock(&g->mu)) {
         w->in_a_row = 0;
         return false;
     }
     struct space *s = w->last;
     bool found = false;
-    if (live(g, s) && !s->batch_busy && !s->dropping)
+    if (live(g, s) && !s->batch_busy && !s->dropping) {
         found = space_read(g, s, worker) > 0;
+        w->misses = found ? 0 : w->misses + 1;
+    }
     pthread_mutex_unlock(&g->mu);
     return found;
 }

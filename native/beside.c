@@ -74,11 +74,10 @@ void beside_fault(struct edm_engine *g, uint32_t thread) {
 // On every CPU that this process may use, unless there is only one, or more than there are seats.
 void beside_start(struct edm_engine *g) {
     cpu_set_t may;
-    if (sched_getaffinity(0, sizeof may, &may))
+    if (!g->cfg.keep_beside || sched_getaffinity(0, sizeof may, &may))
         return;
     int n = CPU_COUNT(&may);
-    g->one_cpu = n == 1;
-    if (!g->cfg.keep_beside || n < 2 || n > MAX_SEATS)
+    if (n < 2 || n > MAX_SEATS)
         return;
     for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
         if (!CPU_ISSET(cpu, &may))

@@ -376,7 +376,6 @@ struct edm_engine {
         _Atomic int turn;  // a futex
         _Atomic bool asleep;
     } seat[MAX_SEATS];  // see beside.c
-    bool one_cpu;       // is all that there is
     uint32_t nseats, beside_thread, beside_row;
     uint64_t beside_last, beside_alone;
     _Atomic uint64_t beside_until;

@@ -33,12 +33,11 @@ static void take_queue(struct edm_engine *g, struct fault_queue *q, int worker) 
 }
 
 // Look for the next fault without sleeping; what epoll_wait returned. Where faults come one after the other from
-// another CPU, this is cheaper than being woken for each. Not where the program stays on this CPU: it can go on only
+// another CPU, this is cheaper than being woken for each. Not where the program is on this CPU: it can go on only
 // when this thread gives the CPU up. Nor where others want the CPU, to whom each offer of it would give a whole turn.
 static int spin(struct edm_engine *g, struct worker *w, struct epoll_event *ev, int max) {
     uint64_t now = now_ns(), spin_ns = (uint64_t)g->cfg.spin_us * 1000u, end = now + spin_ns;
-    bool stays = w->beside && (g->one_cpu || now < atomic_load(&g->beside_until));
-    if (stays || now - w->served_ns >= SPIN_WORTH * spin_ns)
+    if (w->beside || now - w->served_ns >= SPIN_WORTH * spin_ns)
         return 0;
     if (w->crowded) {
         w->crowded--;

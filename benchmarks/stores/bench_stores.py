@@ -1,4 +1,4 @@
-"""Stores against the bare library or system calls doing the same work, in one run; writes stores.json beside it.
+"""Stores against the bare library or system calls doing the same work, in one run; writes build/bench-stores.json.
 
     python benchmarks/stores/bench_stores.py [--quick] [--pages-only | --spt-only]
 
@@ -238,7 +238,9 @@ def main():
             figures = results["spt"][name] = ten_million(name, Path(scratch))
         print(f"SPT {name}: {', '.join(f'{key} {value:,.2f}' for key, value in figures.items())}")
     results["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    Path(__file__).with_name("stores.json").write_text(json.dumps(results, indent=2) + "\n")
+    file = Path(__file__).parents[2] / "build" / "bench-stores.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

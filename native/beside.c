@@ -10,9 +10,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define NEAR_NS 300000u      // faults so close to each other are a row
-#define ROW 8                // in a row, until it is worth it
-#define AGAIN_NS 50000000u   // … at once, so soon after the last row
+#define NEAR_NS 200000u      // faults so close to each other are a row
+#define ROW 16               // in a row, until it is worth it
 #define LINGER_NS 300000u    // after the last one
 #define ALONE_NS 100000000u  // after a fault of another thread
 
@@ -62,8 +61,7 @@ void beside_fault(struct edm_engine *g, uint32_t thread) {
     }
     g->beside_row = now - g->beside_last < NEAR_NS ? g->beside_row + 1 : 0;
     g->beside_last = now;
-    uint64_t until = atomic_load(&g->beside_until);
-    if (g->beside_row < (now - until < AGAIN_NS || now < until ? 1 : ROW) || now < g->beside_alone)
+    if (g->beside_row < ROW || now < g->beside_alone)
         return;
     atomic_store(&g->beside_until, now + LINGER_NS);
     for (uint32_t i = 0; i < g->nseats; i++)

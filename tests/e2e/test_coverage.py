@@ -16,6 +16,9 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 
 PROGRAMS = Path(__file__).parent / "programs"
 LEAST = 0.97
+AT_WORK = 0.5
+"""Of the plain run's peak: how much threads that allocate at once have at most depends on how they are scheduled (seen:
+79 and 122 MiB for the same program)."""
 MORE_MAPPINGS = 120
 """Mappings that a captured program may have above the plain one's: EDM's library and areas, and the pieces of a heap
 that grew. A piece touched before it was registered merges with no neighbour, so pieces are let grow with the heap."""
@@ -41,7 +44,7 @@ def check(captured, plain):
     sizes = f"{captured.anonymous >> 20} MiB ({plain.anonymous >> 20} plain)"
     print(f"{captured.name}: {share:.4f} of {sizes}; {captured.mappings} mappings, {plain.mappings} plain")
     assert captured.name == plain.name
-    assert captured.anonymous > 0.8 * plain.anonymous, "the peak was not seen"
+    assert captured.anonymous > AT_WORK * plain.anonymous, "it was not seen at work"
     assert share >= LEAST
     assert captured.mappings <= plain.mappings + MORE_MAPPINGS
 

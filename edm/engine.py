@@ -13,8 +13,8 @@ import attrs
 import numpy as np
 
 from edm._native import ffi, lib
-from edm.config.machine import cpu_quota
 from edm.errors import NativeError
+from edm.idle_cpus import IdleWay, idle_cpus
 from edm.types import PAGE_BYTES, PAGE_REF
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Engine:
     def __init__(
         self, settings: HandlerSettings, inheritance: Inheritance | None = None, *, user_mode: bool = False
     ) -> None:
+        idle = idle_cpus(settings.idle_cpus, placed=bool(settings.cpus))
         config = ffi.new(
             "struct edm_engine_config *",
             {
@@ -66,8 +67,10 @@ class Engine:
                 "ask": settings.ask,
                 "user_mode": user_mode,
                 "record_pfn": settings.record_pfn,
-                "follow": not settings.cpus,
-                "keep_beside": not settings.cpus and _keeps_beside(settings.keep_beside),
+                # Where no CPU sleeps, none is dear to wake, and the kernel may place both.
+                "follow": not settings.cpus and idle.way != IdleWay.AWAKE,
+                "idle": idle.way,
+                "idle_us": idle.latency_us,
             },
         )
         if inheritance is None:
@@ -196,8 +199,3 @@ class Engine:
         if not self._closed:
             self._closed = True
             lib.edm_engine_free(self.native)
-
-
-def _keeps_beside(setting: str) -> bool:
-    """What spins while it waits for others would use up a quota of CPU time that the program has a part in."""
-    return setting == "on" or (setting == "auto" and cpu_quota() is None)

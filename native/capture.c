@@ -343,7 +343,7 @@ static int capture_start(struct edm_engine *g) {
     if (pthread_create(&g->capture, NULL, capture_thread, g))
         return -EAGAIN;
     g->capture_running = true;
-    beside_start(g);
+    idle_start(g);
     return 0;
 }
 

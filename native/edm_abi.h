@@ -26,6 +26,12 @@ struct edm_page_ref {
     uint16_t flags;
 };
 
+enum edm_idle {
+    EDM_IDLE_SLEEP = 0,  /* they sleep as the kernel will */
+    EDM_IDLE_OCCUPY = 1, /* threads of class SCHED_IDLE occupy them while one thread faults: it stays where it is */
+    EDM_IDLE_AWAKE = 2,  /* the kernel is asked, by /dev/cpu_dma_latency, to let them sleep no deeper than idle_us */
+};
+
 struct edm_engine_config {
     uint64_t local_pages;      /* budget: resident pages of all captured programs together; 0: none */
     uint64_t high_pages;       /* LPET starts above this; 0: derived */
@@ -39,8 +45,8 @@ struct edm_engine_config {
     uint8_t user_mode;         /* take programs with UFFD_USER_MODE_ONLY where there is nothing better */
     uint8_t record_pfn;        /* note each resident page's frame number when it arrives, not when it is asked for */
     uint8_t follow;            /* fault workers move to the CPU of the thread that faults: waking across CPUs is dear */
-    uint8_t keep_beside;       /* … and it is kept there: idle CPUs are occupied, by threads of class SCHED_IDLE, as
-                                  long as one thread of a program faults again and again */
+    uint8_t idle;              /* enum edm_idle: of CPUs that are idle while faults follow each other closely */
+    uint32_t idle_us;          /* EDM_IDLE_AWAKE: how long they may take to wake, in microseconds */
 };
 
 struct edm_counters {

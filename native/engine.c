@@ -88,7 +88,7 @@ struct edm_engine *engine_alloc(const struct edm_engine_config *config) {
         return NULL;
     g->cfg = *config;
     g->former[0] = g->former[1] = -1;
-    g->epoll = g->kick = g->listen_fd = g->dev_fd = g->state_fd = g->idle_fd = -1;
+    g->epoll = g->kick = g->listen_fd = g->dev_fd = g->state_fd = g->idle_fd = g->latency_fd = -1;
     g->home = g->lpet_cpu = g->out_cpu = -1;
     return g;
 }
@@ -192,7 +192,7 @@ void edm_engine_free(struct edm_engine *g) {
         return;
     if (g->lpet_running || g->capture_running) {
         edm_engine_stop(g);
-        beside_stop(g);
+        idle_stop(g);
         if (g->capture_running)
             pthread_join(g->capture, NULL);
         if (g->lpet_running)

@@ -283,19 +283,19 @@ struct worker {
     uint8_t *pages;
     uint32_t slot[MAX_FETCH];
     uint32_t n;
-    uint64_t served_ns;     // when it last had something to do
-    struct space *last;     // where it read last; it may be gone
-    uint32_t yields;        // tries in a row of faults that were put off, without sleep
-    uint32_t misses;        // reads there in a row that found nothing
-    uint32_t in_a_row;      // reads there without a look at the others
-    uint32_t faults;        // since the faulting thread's CPU was last looked at
-    uint32_t patience;      // faults until it is looked at again
-    uint64_t looked_ns;     // when it was
-    int cpu, seen_cpu;      // where this worker is, and where it saw the program last; -1: anywhere
-    uint32_t seen;          // how often in a row
-    bool beside;            // the program was on this CPU when it was seen last
-    uint32_t crowded;       // waits to come that do not spin
-    int stat_tid, stat_fd;  // the thread that was looked at last, and its /proc/TID/stat
+    uint64_t served_ns;       // when it last had something to do
+    struct space *last;       // where it read last; it may be gone
+    uint32_t yields;          // tries in a row of faults that were put off, without sleep
+    uint32_t misses;          // reads there in a row that found nothing
+    uint32_t in_a_row;        // reads there without a look at the others
+    uint32_t faults;          // since the faulting thread's CPU was last looked at
+    uint32_t patience;        // faults until it is looked at again
+    uint64_t looked_ns;       // when it was
+    int cpu, seen_cpu;        // where this worker is, and where it saw the program last; -1: anywhere
+    uint32_t seen;            // how often in a row
+    bool beside;              // the program was on this CPU when it was seen last
+    uint32_t crowded, crowd;  // waits to come that do not spin; of the last time
+    int stat_tid, stat_fd;    // the thread that was looked at last, and its /proc/TID/stat
 };
 
 struct edm_engine {
@@ -375,10 +375,12 @@ struct edm_engine {
         int cpu;
         _Atomic int turn;  // a futex
         _Atomic bool asleep;
-    } seat[MAX_SEATS];  // see beside.c
-    uint32_t nseats, beside_thread, beside_row;
-    uint64_t beside_last, beside_alone;
-    _Atomic uint64_t beside_until;
+    } seat[MAX_SEATS];  // see idle.c
+    uint32_t nseats, beside_thread, idle_row;
+    uint64_t idle_last, beside_alone;
+    _Atomic uint64_t idle_until;
+    int latency_fd;            // of /dev/cpu_dma_latency, or -1
+    bool awake, idle_refused;  // CPUs are kept from sleeping; that did not work
     int listen_fd, dev_fd, admit_below;
     bool no_forks, user_mode;   // the kernel tells us of no forks; of no faults of its own
     char sock[EDM_SOCK_BYTES];  // where it listens
@@ -457,10 +459,11 @@ void sidecar_home(struct space *s);
 void worker_follow(struct edm_engine *g, int worker, int tid);
 void worker_forget_thread(struct worker *w);
 
-// ---- beside.c
-void beside_start(struct edm_engine *g);
-void beside_stop(struct edm_engine *g);
-void beside_fault(struct edm_engine *g, uint32_t thread);
+// ---- idle.c
+void idle_start(struct edm_engine *g);
+void idle_stop(struct edm_engine *g);
+void idle_fault(struct edm_engine *g, uint32_t thread);
+void idle_rest(struct edm_engine *g);
 
 // ---- whole.c: before a fork of which no event will tell
 int space_make_whole(struct edm_engine *g, int pid);

@@ -197,7 +197,7 @@ int space_read(struct edm_engine *g, struct space *s, int worker) {
         if (s->pid <= 0 && s->ops == &uffd_ops)
             s->pid = s->state->pid = (int)m[i].arg.pagefault.feat.ptid;
         worker_follow(g, worker, (int)m[i].arg.pagefault.feat.ptid);
-        beside_fault(g, m[i].arg.pagefault.feat.ptid);
+        idle_fault(g, m[i].arg.pagefault.feat.ptid);
         struct fault f = {s, page_of(m[i].arg.pagefault.address), (uint32_t)m[i].arg.pagefault.flags,
                           m[i].arg.pagefault.feat.ptid};
         if (g->trace)

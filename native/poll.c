@@ -6,13 +6,15 @@
 
 #include "engine.h"
 
-#define SPIN_WORTH 4      // spinning is given up when no fault came for so many times its length
-#define YIELDS 16         // tries in a row of what was put off, before sleeping between them
-#define MISSES 8          // reads in a row that found nothing, until it is tried
-#define MISSED_TRIES 32   // … every so many times only
-#define LOOK_ROUND 16     // reads of one space in a row, before the others are looked at
+#define SPIN_WORTH 4     // spinning is given up when no fault came for so many times its length
+#define YIELDS 16        // tries in a row of what was put off, before sleeping between them
+#define MISSES 8         // reads in a row that found nothing, until it is tried
+#define MISSED_TRIES 32  // … every so many times only
+#define LOOK_ROUND 16    // reads of one space in a row, before the others are looked at
+#define PAUSES 8
+#define YIELD_EVERY 4
 #define CROWDED_NS 10000  // an offer of the CPU that takes so long let somebody else run
-#define CROWDED_WAITS 64  // … and so many waits sleep at once
+#define CROWDED_WAITS 64  // … and up to so many waits sleep at once
 
 static bool live(const struct edm_engine *g, const struct space *s) {
     for (uint32_t k = 0; k < g->nspaces; k++)
@@ -43,15 +45,22 @@ static int spin(struct edm_engine *g, struct worker *w, struct epoll_event *ev, 
         w->crowded--;
         return 0;
     }
-    while (now < end && !atomic_load(&g->stop)) {
+    for (uint32_t tries = 0; now < end && !atomic_load(&g->stop);) {
         int n = epoll_wait(g->epoll, ev, max, 0);
-        if (n > 0)
+        if (n > 0) {
+            w->crowd = 0;
             return n;
-        sched_yield();
+        }
+        // Where no CPU sleeps, the program is on another than this one.
+        for (int i = 0; i < PAUSES && g->cfg.idle == EDM_IDLE_AWAKE; i++)
+            __builtin_ia32_pause();
         uint64_t then = now;
+        if (g->cfg.idle != EDM_IDLE_AWAKE || ++tries % YIELD_EVERY == 0)
+            sched_yield();
         now = now_ns();
         if (now - then > CROWDED_NS) {
-            w->crowded = CROWDED_WAITS;
+            w->crowd = w->crowd < CROWDED_WAITS / 2 ? w->crowd * 2 + 1 : CROWDED_WAITS;
+            w->crowded = w->crowd;
             return 0;
         }
     }

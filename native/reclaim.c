@@ -243,6 +243,7 @@ void *lpet_thread(void *engine) {
     bool evicting = false;
     pthread_mutex_lock(&g->mu);
     while (!atomic_load(&g->stop)) {
+        idle_rest(g);
         uint64_t used = g->resident + g->inbound;
         if (g->high && (used > g->high || g->waiting.n))
             evicting = true;

@@ -117,8 +117,9 @@ def measure_floors(sizes: Sizes, *, mpi: bool, directory: Path) -> dict[str, Spr
     if not PROGRAM.exists():
         raise UsageError(f"{PROGRAM} is missing: install EDM again, with a C compiler at hand")
     file = directory / "floor"
+    floor = [str(PROGRAM), "floor-fault", f"region={sizes.budget_pages}"]
     floors = {
-        "fault": json.loads(call([str(PROGRAM), "floor-fault", f"accesses={FLOOR_FAULTS}"], "all"))["ns"],
+        "fault": json.loads(call([*floor, f"accesses={max(FLOOR_FAULTS, sizes.budget_pages)}"], "all"))["ns"],
         "pread": json.loads(
             call([str(PROGRAM), "floor-pread", f"region={sizes.budget_pages}", "accesses=65536", f"file={file}"], "all")
         )["ns"],

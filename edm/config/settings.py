@@ -63,12 +63,12 @@ class Config:
     spin_us: int = _setting(
         50, values.spin_us, "how long a fault thread looks for the next fault before it sleeps", "MICROSECONDS"
     )
-    keep_beside: str = _setting(
+    idle_cpus: str = _setting(
         "auto",
-        values.keep_beside,
-        "occupy idle CPUs while one thread faults again and again, so that it is not woken on another CPU than its "
-        "fault thread's; auto: with at most 4 CPUs and without a CPU quota",
-        "auto|on|off",
+        values.idle_cpus,
+        "while faults follow each other closely, keep the machine's idle CPUs awake (root: /dev/cpu_dma_latency), "
+        "occupy them with threads of class SCHED_IDLE, or let them sleep; auto: the first that fits this machine",
+        "auto|awake|occupy|sleep",
     )
     patience_s: float = _setting(
         60.0, values.positive, "how long a fault waits for a lost DMS before on_loss", "SECONDS"
@@ -133,7 +133,7 @@ class Config:
             patience_s=self.patience_s,
             on_loss=self.on_loss,
             spin_us=self.spin_us,
-            keep_beside=self.keep_beside,
+            idle_cpus=self.idle_cpus,
             ahead_pages=self.prefetch,
             track_writes=self.track_writes,
             ask=self.ask,
@@ -185,7 +185,7 @@ class HandlerSettings:
     patience_s: float = 60.0
     on_loss: str = "wait"
     spin_us: int = 50
-    keep_beside: str = "auto"
+    idle_cpus: str = "auto"
     ahead_pages: int = 63
     track_writes: bool = True
     ask: bool = False

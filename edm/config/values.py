@@ -118,11 +118,9 @@ def _one_of(raw: Any, *words: str) -> str:
     return str(raw)
 
 
-def keep_beside(raw: Any, _read: Mapping[str, Any]) -> str:
-    """Whether idle CPUs are occupied."""
-    if raw not in {"auto", "on", "off"}:
-        raise UsageError(f"must be auto, on or off, not '{raw}'")
-    return str(raw)
+def idle_cpus(raw: Any, _read: Mapping[str, Any]) -> str:
+    """What becomes of idle CPUs while a program faults."""
+    return _one_of(raw, "auto", "awake", "occupy", "sleep")
 
 
 def restarts(raw: Any, _read: Mapping[str, Any]) -> int:

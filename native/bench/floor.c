@@ -14,7 +14,6 @@
 
 #include "measure.h"
 
-#define FLOOR_PAGES 16384ul
 #define CHUNK 256u
 
 static void pin_here(void) {
@@ -54,12 +53,14 @@ static void *bare_handler(void *argument) {
     return NULL;
 }
 
+// Over as many pages as a program under EDM has here: the more there are, the fewer are in the CPU's caches.
 int floor_fault(const struct measure *m) {
     pin_here();
-    uint8_t *region = region_map(FLOOR_PAGES, false);
-    uint32_t *order = permutation(FLOOR_PAGES, 1);
+    uint64_t pages = m->region_pages / CHUNK * CHUNK;
+    uint8_t *region = region_map(pages, false);
+    uint32_t *order = permutation(pages, 1);
     int fd = open_uffd();
-    struct uffdio_register r = {.range = {(uintptr_t)region, FLOOR_PAGES * PAGE}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+    struct uffdio_register r = {.range = {(uintptr_t)region, pages * PAGE}, .mode = UFFDIO_REGISTER_MODE_MISSING};
     if (ioctl(fd, UFFDIO_REGISTER, &r))
         die("UFFDIO_REGISTER: %s", strerror(errno));
     pthread_t thread;
@@ -68,8 +69,8 @@ int floor_fault(const struct measure *m) {
     struct samples s = {0};
     volatile uint64_t sum = 0;
     for (uint64_t done = 0, i = 0; done < m->accesses; done += CHUNK, i += CHUNK) {
-        if (i + CHUNK > FLOOR_PAGES) {
-            madvise(region, FLOOR_PAGES * PAGE, MADV_DONTNEED);
+        if (i == pages) {
+            madvise(region, pages * PAGE, MADV_DONTNEED);
             i = 0;
         }
         uint64_t t = clock_ns();

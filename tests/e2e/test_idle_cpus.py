@@ -1,11 +1,16 @@
-"""Idle CPUs are occupied while one thread of a program faults again and again, and left alone otherwise."""
+"""Idle CPUs are kept awake, or occupied, while a program faults again and again, and left alone otherwise."""
 
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
 import pytest
+
+from edm.idle_cpus import DEVICE, idle_cpus, may_ask
+
+LATENCY = Path("/") / DEVICE
 
 pytestmark = [
     pytest.mark.uffd,
@@ -43,7 +48,7 @@ def started(edm, program, *options):
 
 
 def test_idle_cpus_are_occupied_as_long_as_a_thread_faults(edm, program):
-    process, handler = started(edm, program, "--keep-beside", "on")
+    process, handler = started(edm, program, "--idle-cpus", "occupy")
     until(lambda: len(occupiers(handler)) == len(os.sched_getaffinity(0)), "no thread on each CPU")
     assert {os.sched_getscheduler(thread) for thread in occupiers(handler)} == {os.SCHED_IDLE}
     until(lambda: ran_ns(handler) > 20_000_000, "no CPU was occupied")
@@ -63,8 +68,39 @@ def test_idle_cpus_are_occupied_as_long_as_a_thread_faults(edm, program):
     assert edm.left_behind() == ({}, [])
 
 
-def test_no_cpu_is_occupied_where_that_is_not_wanted(edm, program):
-    process, handler = started(edm, program, "--keep-beside", "off")
+def latency_us():
+    """The shortest that anybody asks for. Source: Linux Documentation/power/pm_qos_interface.rst."""
+    return struct.unpack("i", LATENCY.read_bytes())[0]
+
+
+@pytest.mark.skipif(not may_ask(), reason="no right to write to /dev/cpu_dma_latency")
+def test_cpus_are_kept_awake_as_long_as_a_program_faults(edm, program):
+    asked = idle_cpus("awake").latency_us
+    at_rest = latency_us()
+    if at_rest <= asked:
+        pytest.skip("somebody else keeps this machine's CPUs awake")
+    process, handler = started(edm, program, "--idle-cpus", "awake")
+    until(lambda: latency_us() == asked, "no CPU is kept awake")
     assert not occupiers(handler)
+
+    (app,) = edm.pids(("working_set",))
+    os.kill(app, signal.SIGSTOP)
+    until(lambda: latency_us() == at_rest, "CPUs are kept awake while nothing faults")
+    os.kill(app, signal.SIGCONT)
+    until(lambda: latency_us() == asked, "no CPU is kept awake any more")
+    os.kill(handler, signal.SIGKILL)  # what a process asked for ends with it; its successor asks again
+    until(lambda: edm.pids(("edm: dm-handler",)) not in ([], [handler]), "no other DM-Handler was started")
+    until(lambda: latency_us() == asked, "no CPU is kept awake after the DM-Handler's death")
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert latency_us() == at_rest
+    assert edm.left_behind() == ({}, [])
+
+
+def test_no_cpu_is_kept_awake_where_that_is_not_wanted(edm, program):
+    before = latency_us() if may_ask() else None
+    process, handler = started(edm, program, "--idle-cpus", "sleep")
+    assert not occupiers(handler)
+    assert before is None or latency_us() >= before
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)

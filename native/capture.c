@@ -18,6 +18,9 @@
 #include <unistd.h>
 
 #define HANDSHAKE_MS 10000  // a program that says nothing this long while handing over is let go uncaptured
+#define ROOMY_TIMES 4       // so much more seldom are mappings looked at where the budget is far away:
+#define ROOM_PART 4         // ... what may be touched between two looks is less than this part of what is left of it
+#define TOUCHED_PAGES_US 2  // in a microsecond, by several threads
 
 static bool send_reply(int s, int32_t status, int fd) {
     struct edm_reply r = {EDM_CTL_MAGIC, status};
@@ -317,6 +320,17 @@ static bool look_at_spaces(struct edm_engine *g) {
     return changed;
 }
 
+// Mappings change in bursts: look more often while they do. Where more fits in than a program could touch meanwhile,
+// looking can wait, and leaves the program's CPU to it.
+static uint64_t look_again_us(const struct edm_engine *g, bool busy) {
+    if (!g->nspaces && !g->handshakes)
+        return 100000;
+    uint64_t us = busy && g->cfg.sweep_us > 1000 ? 1000 : g->cfg.sweep_us, seldom = us * ROOMY_TIMES;
+    uint64_t used = g->resident + g->inbound;
+    bool roomy = !g->limit || (used < g->limit && (g->limit - used) / ROOM_PART > seldom * TOUCHED_PAGES_US);
+    return roomy && !g->user_mode ? seldom : us;
+}
+
 void *capture_thread(void *engine) {
     struct edm_engine *g = engine;
     prctl(PR_SET_NAME, "edm-capture", 0, 0, 0);
@@ -324,11 +338,7 @@ void *capture_thread(void *engine) {
     setpriority(PRIO_PROCESS, 0, -10);
     uint64_t busy_until = 0;
     while (!atomic_load(&g->stop)) {
-        // Mappings change in bursts: look more often while they do.
-        bool busy = now_ns() < busy_until;
-        uint64_t us = busy && g->cfg.sweep_us > 1000 ? 1000 : g->cfg.sweep_us;
-        if (!g->nspaces && !g->handshakes)
-            us = 100000;
+        uint64_t us = look_again_us(g, now_ns() < busy_until);
         struct timespec t = {.tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000};
         struct pollfd p = {g->listen_fd, POLLIN, 0};
         if (ppoll(&p, 1, &t, NULL) == 1)

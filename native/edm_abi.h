@@ -76,7 +76,7 @@ struct edm_counters {
     uint64_t sweeps;
     uint64_t processes; /* address spaces captured so far */
     uint64_t spaces;    /* … alive now */
-    uint64_t resident;  /* pages now */
+    uint64_t resident;  /* pages now; one that processes share since a fork counts once a process */
     uint64_t peak_resident;
     uint64_t staged; /* pages in the write-back buffer now */
     uint64_t remote; /* pages only the DMS holds now */

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 @click.option("--dms", metavar="ENDPOINT", help="Use the memory server at ENDPOINT (implies --transport zmq).")
 @click.option("--summary/--no-summary", default=None, help="Say at the end how it went [on a terminal].")
 @click.option("--progress/--no-progress", default=False, help="Show faults, evictions and memory while it runs.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write the summary as JSON to FILE.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the summary as JSON to FILE. A page that processes share since a fork counts as memory here once a process.",
+)
 @click.option("--user", metavar="NAME", help="Run the program as this user; EDM itself stays root.")
 @click.option("--uncaptured", is_flag=True, help="Run a program that cannot be captured all the same, uncaptured.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

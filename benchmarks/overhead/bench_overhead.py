@@ -7,8 +7,8 @@ Each program times its steps of about a millisecond; a run is their sum: from ex
 it. Two runs of one program differ by several percent, by where its memory happens to lie, so there are many short ones:
 `ratio` is the median captured run over the median plain one, with the range that holds 95 of 100 such ratios when runs
 are drawn from those measured (bootstrap). `control` is the same of every other plain run over the rest: what of a ratio
-is chance. `whole`: from exec to exit, shortest run over shortest. CPU-bound programs are to stay within 1.02, those that
-live in malloc within 1.3.
+is chance. `whole`: from exec to exit, shortest run over shortest. CPU-bound programs are to stay within 1.02, those
+that live in malloc within 1.3.
 """
 
 import argparse

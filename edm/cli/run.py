@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "--report",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the summary as JSON to FILE. A page that processes share since a fork counts as memory here once a process.",
+    help="Write the summary as JSON to FILE. A page that processes share since a fork counts once a process.",
 )
 @click.option("--user", metavar="NAME", help="Run the program as this user; EDM itself stays root.")
 @click.option("--uncaptured", is_flag=True, help="Run a program that cannot be captured all the same, uncaptured.")

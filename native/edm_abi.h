@@ -626,6 +626,15 @@ int edm_lmdb_value_sound(const void *value, size_t bytes, uintptr_t map, size_t 
 /* Whether all of n are. */
 int edm_lmdb_values_sound(const void *const *values, const size_t *bytes, size_t n, uintptr_t map, size_t map_bytes);
 
+/* The SPT's rows in LMDB (native/lmdb_rows.c): a key of two words and a row of four for each of n pages. The sum,
+   modulo 2^64, of the rows' checksums. */
+uint64_t edm_lmdb_rows(const struct edm_page_ref *refs, const uint64_t *slots, size_t n, uint64_t *keys,
+                       uint64_t *rows);
+/* How many rows there are of n pages, and the sum of their checksums. 0: not told, since the pages are not of one
+   region and in order. */
+int edm_lmdb_rows_there(const struct edm_spt *spt, const struct edm_page_ref *refs, size_t n, uint64_t *count,
+                        uint64_t *sum);
+
 /* Until leave, in this thread, a crash (SIGSEGV, SIGBUS, SIGABRT, SIGFPE) ends the process with this text on stderr,
    and status 1. The text must last that long. */
 void edm_crash_guard_enter(const char *text);
@@ -664,6 +673,8 @@ int edm_pf_put(struct edm_pf *pf, const void *pages, const uint32_t *sums, size_
 int edm_pf_get(struct edm_pf *pf, const uint64_t *slots, size_t n, void *into);
 void edm_pf_release(struct edm_pf *pf, const uint64_t *slots, size_t n);
 int edm_pf_sync(struct edm_pf *pf);
+/* Where in its file a slot's page begins. */
+uint64_t edm_pf_offset(const struct edm_pf *pf, uint64_t slot);
 /* Give the file system back what runs of at least so many free slots take. */
 int edm_pf_trim(struct edm_pf *pf, uint32_t least_pages);
 void edm_pf_stat(const struct edm_pf *pf, struct edm_pf_figures *out);

@@ -1,7 +1,8 @@
 // Page files [7]: pages in slots of segment files, never written in place while in use.
 //
-// A segment: one page of header, the pages' CRC-32C (four bytes each, rounded up to whole pages), then the pages. Slot
-// s is page s % segment_pages of segment s / segment_pages, whose file is named after its number in hexadecimal.
+// A segment: one page of header, the pages' CRC-32C (four bytes each), and from the next multiple of 64 pages on the
+// pages. Slot s is page s % segment_pages of segment s / segment_pages, whose file is named after its number in
+// hexadecimal.
 #ifndef EDM_PAGE_FILE_H
 #define EDM_PAGE_FILE_H
 

@@ -17,6 +17,8 @@ from edm.types import PAGE_BYTES, GetStatus
 
 REGION = 1 << 32
 BATCHES, EACH = 6, 5
+FIRST = 64 * PAGE_BYTES
+"""Where the pages of a small page file begin."""
 
 
 def make(path, *, sync="batch", copy=None):
@@ -151,11 +153,11 @@ def test_verify_finds_a_damaged_page_behind_a_damaged_frame(tmp_path):
     make(tmp_path)
     flip(journal_of(tmp_path), frames_of(journal_of(tmp_path))[3] + 60)
     (segment,) = (tmp_path / "pages").glob("*.pages")
-    flip(segment, 2 * PAGE_BYTES + (BATCHES * EACH - 1) * PAGE_BYTES + 7)
+    flip(segment, FIRST + (BATCHES * EACH - 1) * PAGE_BYTES + 7)
     status, figures = verify(tmp_path)
     assert status == 1
     assert [one["page"] for one in figures["damaged"]] == ["", f"0x100000000:{BATCHES * EACH - 1:#x}"]
-    assert figures["damaged"][1]["offset"] == 2 * PAGE_BYTES + (BATCHES * EACH - 1) * PAGE_BYTES
+    assert figures["damaged"][1]["offset"] == FIRST + (BATCHES * EACH - 1) * PAGE_BYTES
     human = CliRunner().invoke(command, ["verify", str(tmp_path)], standalone_mode=False)
     assert "1 damaged of 25 pages, and 1 other place" in human.stdout
 

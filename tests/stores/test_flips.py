@@ -119,7 +119,7 @@ def used_bits(file, places, random_, each):
         parts = {
             "header": range(28),
             "page": [at + i for at in pages for i in range(PAGE_BYTES)],
-            "checksum": [PAGE_BYTES + (at - 2 * PAGE_BYTES) // PAGE_BYTES * 4 + i for at in pages for i in range(4)],
+            "checksum": [PAGE_BYTES + (at - 64 * PAGE_BYTES) // PAGE_BYTES * 4 + i for at in pages for i in range(4)],
         }
     elif file.name == "data.mdb":
         parts = lmdb_parts(file.read_bytes())

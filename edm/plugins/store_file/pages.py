@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from edm.types import Slots
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 _SEGMENT: Final = re.compile(r"([0-9a-f]{8,16})\.pages")
 _NONE_IN_PARTICULAR: Final = (1 << 64) - 1
 
@@ -109,8 +109,7 @@ class FilePages:
 
     def offset(self, slot: int) -> int:
         """Where in its file a slot's page begins."""
-        sums_pages = -(-self._segment_pages * 4 // PAGE_BYTES)
-        return (1 + sums_pages + slot % self._segment_pages) * PAGE_BYTES
+        return int(lib.edm_pf_offset(self.native, slot))
 
     def stat(self) -> dict[str, Any]:
         """Pages, files, and the room they take."""

@@ -59,7 +59,7 @@ def _read_row(key: bytes, value: bytes, table: PageTable) -> str:
     refs["region"], refs["index"] = keys["region"], keys["index"]
     refs["version"], refs["checksum"] = rows["version"], rows["checksum"].astype(np.uint32)
     slots = np.ascontiguousarray(rows["slot"])
-    if not np.array_equal(rows_of(refs, slots), rows):
+    if not np.array_equal(rows_of(refs, slots)[1], rows):
         return str(PageId(int(refs["region"][0]), int(refs["index"][0])))
     table.record(refs, slots)
     return ""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 import numpy as np
 
-from edm._native import lib
-from edm.dms.table import NO_SLOTS, PageTable, words_at
+from edm._native import ffi, lib
+from edm.dms.table import NO_SLOTS, PageTable, refs_at, words_at
 from edm.errors import Corrupt, StoreError
 from edm.plugins.store_lmdb.pages import bytes_of
 from edm.types import PAGE_REF
@@ -35,7 +35,7 @@ _PAIR: Final = struct.Struct(">QQ")
 _TOTALS: Final = struct.Struct("<QQ")
 _TOTALS_KEY: Final = b"totals"
 _ROWS_AT_ONCE: Final = 1 << 18
-_ODD: Final = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
+_ODD: Final = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 _UNCOUNTED_FROM: Final = np.uint64(1 << 63)
 """Slots from here on are no place in a page store (a page of zeros), and many pages may have the same."""
 
@@ -77,6 +77,7 @@ class LmdbSpt(PageTable):
 
     def record(self, refs: PageRefs, slots: Slots) -> Slots:
         """See `SptStore`."""
+        refs, slots = np.ascontiguousarray(refs), np.ascontiguousarray(slots, np.uint64)
         before = self._rows_there(refs)
         gone = super().record(refs, slots)
         new = set(refs["region"].tolist()) - self._named
@@ -87,15 +88,10 @@ class LmdbSpt(PageTable):
 
     def _rows_there(self, refs: PageRefs) -> tuple[int, int] | None:
         """What `_Changes.written_over` says; not known of pages that stand twice in refs, or not in order."""
-        same, index = refs["region"][1:] == refs["region"][:-1], refs["index"]
-        if not bool((same & (index[1:] > index[:-1])).all()):
+        count, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        if not lib.edm_lmdb_rows_there(self.native, refs_at(refs), len(refs), count, total):
             return None
-        stored, slots = refs.copy(), np.empty(len(refs), np.uint64)
-        count = self.answer(stored, slots)
-        if not count:
-            return 0, 0
-        there = stored["status"] == 1
-        return count, int(rows_of(stored[there], slots[there])["hash"].sum(dtype=np.uint64))
+        return int(count[0]), int(total[0])
 
     def create(self, region: int) -> None:
         """See `SptStore`."""
@@ -214,22 +210,18 @@ class LmdbSpt(PageTable):
             transaction.put(name, _TOTALS.pack(value, _check_of(key, value)), db=self._names.handle)
 
     def _put(self, transaction: Any, refs: PageRefs, slots: Slots, over: tuple[int, int] | None) -> tuple[int, int]:
-        rows = rows_of(refs, slots)
-        keys = np.empty(len(refs), KEY)
-        keys["region"], keys["index"] = refs["region"], refs["index"]
+        keys, rows, new_sum = rows_of(refs, slots)
         packed_keys, packed_rows = bytes_of(keys), bytes_of(rows)
         with transaction.cursor(self._rows.handle) as cursor:
             if over is not None:
                 cursor.putmulti(zip(packed_keys, packed_rows, strict=True))
-                return len(refs) - over[0], int(rows["hash"].sum(dtype=np.uint64)) - over[1]
-            added = total = 0
-            for key, row, row_hash in zip(packed_keys, packed_rows, rows["hash"].tolist(), strict=True):
+                return len(refs) - over[0], new_sum - over[1]
+            added, total = len(refs), new_sum
+            for key, row in zip(packed_keys, packed_rows, strict=True):
                 if cursor.set_key(key):
                     added -= 1
                     total -= int.from_bytes(bytes(cursor.value())[-8:], "little")
                 cursor.put(key, row)
-                added += 1
-                total += row_hash
         return added, total
 
     def _delete(self, transaction: Any, region: int, start: int, pages: int) -> tuple[int, int]:
@@ -278,14 +270,14 @@ class LmdbSpt(PageTable):
             refs["region"], refs["index"] = keys["region"], keys["index"]
             refs["version"], refs["checksum"] = rows["version"], rows["checksum"].astype(np.uint32)
             slots = np.ascontiguousarray(rows["slot"])
-            again = rows_of(refs, slots)
+            _, again, rows_sum = rows_of(refs, slots)
             if not np.array_equal(again, rows):
                 bad = int(np.flatnonzero(again != rows)[0])
                 raise self._damaged(f"the row of page {int(refs['region'][bad]):#x}:{int(refs['index'][bad]):#x}")
             super().record(refs, slots)
             slots_of.append(slots[slots < _UNCOUNTED_FROM])
             count += len(refs)
-            total += int(rows["hash"].sum(dtype=np.uint64))
+            total += rows_sum
         self._share(np.concatenate(slots_of or [NO_SLOTS]))
         return count, total % (1 << 64)
 
@@ -311,16 +303,12 @@ class LmdbSpt(PageTable):
         return Corrupt(f"{self._environment.path}: the page table is damaged: {what}")
 
 
-def rows_of(refs: PageRefs, slots: Slots) -> Any:
-    """The rows of pages, each with its own checksum."""
-    rows = np.empty(len(refs), ROW)
-    rows["slot"], rows["version"], rows["checksum"] = slots, refs["version"], refs["checksum"]
-    # Odd factors: whatever single field changes, the hash does.
-    rows["hash"] = (
-        (refs["region"] * _ODD[0] ^ refs["index"]) * _ODD[1] + (slots * _ODD[2] ^ refs["version"]) * _ODD[3]
-    ) ^ rows["checksum"] * _ODD[0]
-    return rows
+def rows_of(refs: PageRefs, slots: Slots) -> tuple[Any, Any, int]:
+    """The keys and rows of pages, each row with its own checksum, and the sum of these, modulo 2^64."""
+    keys, rows = np.empty(len(refs), KEY), np.empty(len(refs), ROW)
+    words = (words_at(array.view(np.uint64)) for array in (keys, rows))
+    return keys, rows, int(lib.edm_lmdb_rows(refs_at(refs), words_at(slots), len(refs), *words))
 
 
 def _check_of(key: int, value: int) -> int:
-    return (key * int(_ODD[0]) + value * int(_ODD[1]) + 1) % (1 << 64)
+    return (key * _ODD[0] + value * _ODD[1] + 1) % (1 << 64)

@@ -108,7 +108,7 @@ static int not_saved(struct edm_server *s, const struct edm_page_ref *refs, uint
     return -EAGAIN;
 }
 
-// The order is that of edm/dms/server.py, and so are the fault points.
+// The order is that of edm/dms/lasting.py, and so are the fault points.
 int edm_server_evict(struct edm_server *s, uint32_t instance, struct edm_page_ref *refs, size_t count,
                      const void *pages) {
     uint32_t n = (uint32_t)count;

@@ -3,9 +3,7 @@
 Place on the path: the DMS's DML answers `RequestGetPage` [6-10], its XPET carries out `RequestEvictPage`. Called by a
 transport's `serve`, from one thread at a time.
 
-The order in which an eviction is made to last is what makes a crash harmless: the pages go to fresh slots, the SPT
-notes them, the page store is synced, the SPT commits, the page is acknowledged, and only then are the slots of older
-versions free. Whatever is cut short leaves the older version as it was, and the page with its sender.
+An eviction's pages go to fresh slots, and the SPT notes them; how that comes to last is told in `edm.dms.lasting`.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import numpy as np
 
 from edm._native import ffi, lib
 from edm.dms.control import Control
+from edm.dms.lasting import MOST_WAITING, Lasting, key_of
 from edm.dms.table import NO_SLOTS, PageTable, page_checksums, refs_at, words_at
 from edm.errors import Corrupt, StoreError, StoreFull
 from edm.faultpoints import reached
@@ -34,8 +33,6 @@ log = logging.getLogger(__name__)
 
 PAGE_STORE_BYTES: Final = 24
 """sizeof(struct edm_page_store_ops)."""
-MOST_WAITING: Final = 16384
-"""Slots that may wait for a flush where the SPT store does not say how many pages share one: 64 MiB."""
 _REFUSALS: Final = {
     lib.EDM_SCREEN_STALE: "an older version than the stored one",
     lib.EDM_SCREEN_OTHER: "the stored version with other bytes",
@@ -58,7 +55,6 @@ class Counters:
     refused: int = 0
     failed: int = 0
     requests: int = 0
-    flushes: int = 0
 
 
 class MemoryServer:
@@ -70,14 +66,9 @@ class MemoryServer:
         self.counters = Counters()
         self._slots = np.empty(MAX_BATCH_PAGES, np.uint64)
         self._answer = getattr(spt, "answer", None) or self._answer_by_lookup
-        # Let go of by the SPT, not free yet: until the commit, or where that is lazy until the next flush. A server in
-        # C has them itself, but for those that are being freed.
-        self._let_go: list[Slots] = []
-        # Recorded, but the commit failed: what a repeat must not be answered from.
-        self._unsaved: set[tuple[int, int]] = set()
-        self._pending = False
         self._closed = False
         self._native = self._native_server()
+        self._lasting = Lasting(self, self._native)
         pages.live(self._live_slots())
         self._control = Control(self)
 
@@ -205,7 +196,7 @@ class MemoryServer:
         if self._native is not None:
             if not lib.edm_server_evict(self._native, instance, refs_at(refs), count, ffi.from_buffer(pages)):
                 return ""
-            self._look_behind()
+            self._lasting.look_behind()
         self.counters.evictions += count
         try:
             verdicts, odd = self._screen(instance, refs, pages)
@@ -218,15 +209,6 @@ class MemoryServer:
             self.counters.failed += count
             refs["status"] = EvictStatus.FAIL
             return _one_line(error)
-
-    def _look_behind(self) -> None:
-        """Take over what the server in C has left: an eviction that it could not commit."""
-        count = 0 if self._native is None else lib.edm_server_unsaved(self._native, ffi.NULL)
-        if count:
-            names = ffi.new("struct edm_page_name[]", count)
-            lib.edm_server_unsaved(self._native, names)
-            self._unsaved.update((int(name.region), int(name.index)) for name in names)
-            self._set_pending(True)
 
     def _screen(self, instance: int, refs: PageRefs, pages: memoryview) -> tuple[Any, int]:
         rows = self.spt.lookup(refs)
@@ -249,15 +231,15 @@ class MemoryServer:
         """A batch in which some pages are refused, or stored already."""
         repeats = verdicts == lib.EDM_SCREEN_REPEAT
         for i in np.flatnonzero(repeats).tolist():
-            if _key(refs, i) in self._unsaved:
+            if key_of(refs, i) in self._lasting.unsaved:
                 verdicts[i] = lib.EDM_SCREEN_NEW
         fresh = verdicts == lib.EDM_SCREEN_NEW
         kept = fresh | (verdicts == lib.EDM_SCREEN_REPEAT)
         if fresh.any():
             some = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)[fresh]
             self._store(refs[fresh], memoryview(some).cast("B"))
-        elif self._pending:
-            self._save()
+        elif self._lasting.pending:
+            self._lasting.commit()
         refs["status"] = np.where(kept, EvictStatus.SUCCESS, EvictStatus.FAIL)
         self.counters.repeats += int((verdicts == lib.EDM_SCREEN_REPEAT).sum())
         refused = np.flatnonzero(~kept)
@@ -278,7 +260,7 @@ class MemoryServer:
         try:
             slots = self.pages.put(pages, checksums)
         except StoreFull:
-            if not self._waiting():
+            if not self._lasting.waiting():
                 raise
             # Slots that wait for a flush are room.
             self.flush()
@@ -289,14 +271,7 @@ class MemoryServer:
         except BaseException:
             self.pages.free(slots)
             raise
-        if len(gone):
-            self._put_by(gone)
-        try:
-            reached("pages_recorded")
-            self._save()
-        except (StoreError, OSError):
-            self._unsaved.update(_key(refs, i) for i in range(len(refs)))
-            raise
+        self._lasting.stored(refs, gone)
         reached("pages_committed")
         self.counters.stored += len(refs)
 
@@ -304,68 +279,15 @@ class MemoryServer:
 
     def changed(self, let_go: Slots = NO_SLOTS) -> None:
         """The SPT was changed other than by an eviction; `save` makes it last."""
-        self._set_pending(True)
-        if len(let_go):
-            self._put_by(let_go)
-
-    def _set_pending(self, pending: bool) -> None:
-        self._pending = pending
-        if self._native is not None:
-            lib.edm_server_blocked(self._native, pending)
-
-    def _put_by(self, slots: Slots) -> None:
-        if self._native is None:
-            self._let_go.append(slots)
-        elif lib.edm_server_put_by(self._native, words_at(slots), len(slots)):
-            raise MemoryError
-
-    def _waiting(self) -> int:
-        """How many slots wait to be free."""
-        behind = 0 if self._native is None else int(lib.edm_server_waiting(self._native))
-        return behind + sum(map(len, self._let_go))
+        self._lasting.changed(let_go)
 
     def save(self) -> None:
         """Commit what is pending, if anything is; raises `StoreError`."""
-        self._look_behind()
-        if self._pending:
-            self._save()
-
-    def _save(self) -> None:
-        self._set_pending(True)
-        self.pages.sync()
-        reached("pages_synced")
-        self.spt.commit()
-        self._saved()
-        if getattr(self.spt, "wants_flush", False) or getattr(self.pages, "wants_flush", False):
-            self.flush()
-        elif not getattr(self.spt, "lazy", False):
-            self._free()
-        elif self._waiting() >= getattr(self.spt, "group_pages", MOST_WAITING):
-            self.flush()  # or what a program gave back at once would stay until it has written as much again
-
-    def _saved(self) -> None:
-        self._set_pending(False)
-        if self._unsaved:
-            self._unsaved.clear()
+        self._lasting.save()
 
     def flush(self) -> None:
         """Make everything so far survive a loss of power; raises `StoreError`."""
-        self._look_behind()
-        self.counters.flushes += 1
-        getattr(self.pages, "flush", self.pages.sync)()
-        getattr(self.spt, "flush", self.spt.commit)()
-        self._saved()
-        self._free()
-
-    def _free(self) -> None:
-        behind = 0 if self._native is None else int(lib.edm_server_waiting(self._native))
-        if behind:
-            slots = np.empty(behind, np.uint64)
-            lib.edm_server_take_waiting(self._native, words_at(slots))
-            self._let_go.append(slots)
-        while self._let_go:
-            self.pages.free(self._let_go[-1])
-            self._let_go.pop()
+        self._lasting.flush()
 
     # ---- everything else
 
@@ -386,7 +308,7 @@ class MemoryServer:
             counters["evictions"] += here.stored
             counters["stored"] += here.stored
         return {
-            "server": {**counters, "slots_waiting": self._waiting()},
+            "server": {**counters, "flushes": self._lasting.flushes, "slots_waiting": self._lasting.waiting()},
             "spt": self.spt.stat(),
             "pages": self.pages.stat(),
         }
@@ -407,17 +329,13 @@ class MemoryServer:
         return np.concatenate([self.spt.pages(region)[1] for region in self.spt.regions()] or [NO_SLOTS])
 
 
-def _key(refs: PageRefs, at: int) -> tuple[int, int]:
-    return int(refs["region"][at]), int(refs["index"][at])
-
-
 def _sums(page: memoryview, right: int) -> str:
     """What a mismatch is, for a person."""
     return f" (CRC-32C {int(page_checksums(page)[0]):08x}, not {right:08x})"
 
 
 def _name(refs: PageRefs, at: int) -> PageId:
-    return PageId(*_key(refs, at))
+    return PageId(*key_of(refs, at))
 
 
 def _one_line(error: BaseException) -> str:

@@ -183,6 +183,11 @@ int unlinkat(int dir, const char *path, int flags) {
     return REAL(unlinkat)(dir, path, flags);
 }
 
+int rmdir(const char *path) {
+    FAIL_IF(UNLINK, AT_FDCWD, path);
+    return REAL(rmdir)(path);
+}
+
 static int opened(int dir, const char *path, int flags, mode_t mode) {
     FAIL_IF(OPEN, dir, path);
     return REAL(openat)(dir, path, flags, mode);

@@ -27,6 +27,7 @@ SHORT = [
     ("file", "read", "EIO", "lasting", "batch", 5),
     ("file", "read", "short", "once", "batch", 11),
     ("lmdb", "read", "EIO", "once", "batch", 2),
+    ("lmdb", "unlink", "EIO", "lasting", "batch", 1),
 ]
 ERRORS = {
     "write": ["EIO", "ENOSPC", "short"],

@@ -222,8 +222,7 @@ class Environment:
 
     def values_are_sound(self, values: list[memoryview]) -> bool:
         """Whether all of these may be."""
-        pointers = [ffi.from_buffer(value) for value in values]
-        lengths = [len(value) for value in values]
+        pointers, lengths = list(map(ffi.from_buffer, values)), list(map(len, values))
         return bool(lib.edm_lmdb_values_sound(pointers, lengths, len(values), *self._map))
 
     def verify(self) -> list[Damage]:

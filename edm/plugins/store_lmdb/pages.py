@@ -231,9 +231,11 @@ class LmdbPages:
         return len(keys)
 
     def _delete(self, transaction: Any) -> int:
-        for key in (*self._to_free, *self._in_doubt):
-            transaction.delete(key, db=self._heads.handle)
-            transaction.delete(key, db=self._tails.handle)
+        # Table by table, and by position: this is a quarter of a put.
+        delete = transaction.delete
+        for table in (self._heads.handle, self._tails.handle):
+            for key in (*self._to_free, *self._in_doubt):
+                delete(key, b"", table)
         return self._count(transaction)
 
     def _last(self, transaction: Any) -> int:

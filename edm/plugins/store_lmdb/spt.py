@@ -80,7 +80,9 @@ class LmdbSpt(PageTable):
         refs, slots = np.ascontiguousarray(refs), np.ascontiguousarray(slots, np.uint64)
         before = self._rows_there(refs)
         gone = super().record(refs, slots)
-        new = set(refs["region"].tolist()) - self._named
+        # Where it is known how many rows there are, the pages are of one region.
+        regions = refs["region"] if before is None else refs["region"][:1]
+        new = set(regions.tolist()) - self._named
         self._named |= new
         named: list[tuple[str, int, int | None]] = [("region", region, 0) for region in sorted(new)]
         self._pending.append(_Changes(refs=refs.copy(), slots=slots.copy(), named=named, written_over=before))

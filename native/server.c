@@ -18,7 +18,8 @@
 
 #define PAGE 4096ul
 #define BATCH 1024u
-#define PATIENCE_S 1.0  // for the lock; then Python waits for it, with the run's deadlines and words
+#define KEEP_WAITING (1u << 16)  // room for as many slots is kept from flush to flush
+#define PATIENCE_S 1.0           // for the lock; then Python waits for it, with the run's deadlines and words
 
 struct edm_server {
     struct edm_server_ops ops;
@@ -169,6 +170,11 @@ size_t edm_server_waiting(const struct edm_server *s) { return s->waiting_count;
 void edm_server_take_waiting(struct edm_server *s, uint64_t *out) {
     memcpy(out, s->waiting, s->waiting_count * sizeof *out);
     s->waiting_count = 0;
+    if (s->waiting_room > KEEP_WAITING) {
+        free(s->waiting);
+        s->waiting = NULL;
+        s->waiting_room = 0;
+    }
 }
 
 size_t edm_server_unsaved(struct edm_server *s, struct edm_page_name *out) {

@@ -4,9 +4,13 @@
 #include "spt_table.h"
 
 #include <errno.h>
+#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 
+#define LEAST_LEAVES 64u
+#define TRIM_LEAVES 4096u     // 1.6 MB
+#define KEEP_GONE (1u << 16)  // room for as many slots is kept from call to call
 #define NUMBER(index) ((index) / SPT_LEAF_PAGES)
 #define OFFSET(index) ((unsigned)((index) % SPT_LEAF_PAGES))
 
@@ -63,10 +67,8 @@ static struct spt_leaf *leaf_of(const struct edm_spt *spt, const struct spt_regi
     return region && spt->leaf_count ? spt->leaves[leaf_place(spt, region, number)] : NULL;
 }
 
-static int grow_leaves(struct edm_spt *spt) {
-    if (2 * (spt->leaf_count + 1) <= spt->leaf_capacity)
-        return 0;
-    size_t old = spt->leaf_capacity, capacity = old ? 2 * old : 64;
+static int resize_leaves(struct edm_spt *spt, size_t capacity) {
+    size_t old = spt->leaf_capacity;
     struct spt_leaf **before = spt->leaves, **bigger = calloc(capacity, sizeof *bigger);
     if (!bigger)
         return -ENOMEM;
@@ -77,6 +79,12 @@ static int grow_leaves(struct edm_spt *spt) {
             bigger[leaf_place(spt, before[i]->region, before[i]->number)] = before[i];
     free(before);
     return 0;
+}
+
+static int grow_leaves(struct edm_spt *spt) {
+    if (2 * (spt->leaf_count + 1) <= spt->leaf_capacity)
+        return 0;
+    return resize_leaves(spt, spt->leaf_capacity ? 2 * spt->leaf_capacity : LEAST_LEAVES);
 }
 
 static struct spt_leaf *leaf_make(struct edm_spt *spt, struct spt_region *region, uint64_t number) {
@@ -117,6 +125,23 @@ static void leaf_drop(struct edm_spt *spt, struct spt_leaf *leaf) {
         leaf->next->previous = leaf->previous;
     leaf->region->leaves--;
     free(leaf);
+    spt->leaves_freed++;
+}
+
+// After much was dropped: what it took, back to the system. The table stays as large as it is where memory is short.
+static void give_back(struct edm_spt *spt) {
+    size_t capacity = spt->leaf_capacity;
+
+    if (spt->leaves_freed < TRIM_LEAVES || spt->leaves_freed < spt->leaf_count)
+        return;
+    while (capacity > LEAST_LEAVES && capacity > 8 * spt->leaf_count)
+        capacity /= 2;
+    if (capacity < spt->leaf_capacity)
+        (void)resize_leaves(spt, capacity);
+    spt->leaves_freed = 0;
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 // ---- slots that are let go of
@@ -150,6 +175,11 @@ size_t edm_spt_gone(struct edm_spt *spt, uint64_t *out) {
     if (out) {
         memcpy(out, spt->gone, count * sizeof *out);
         spt->gone_count = 0;
+        if (spt->gone_capacity > KEEP_GONE) {
+            free(spt->gone);
+            spt->gone = NULL;
+            spt->gone_capacity = 0;
+        }
     }
     return count;
 }
@@ -311,6 +341,7 @@ int edm_spt_drop(struct edm_spt *spt, uint64_t id, uint64_t start, uint64_t coun
         drop_empty(spt, region, pages, found, 0);
     }
     free(pages);
+    give_back(spt);
     return failed;
 }
 
@@ -332,6 +363,7 @@ int edm_spt_drop_region(struct edm_spt *spt, uint64_t id) {
     }
     spt_map_remove(&spt->regions, id);
     free(region);
+    give_back(spt);
     return 0;
 }
 

@@ -38,7 +38,7 @@ struct spt_map {
 
 struct edm_spt {
     struct spt_leaf **leaves;  // open addressing, capacity a power of two
-    size_t leaf_capacity, leaf_count;
+    size_t leaf_capacity, leaf_count, leaves_freed;
     struct spt_map regions;  // id → struct spt_region *
     struct spt_map shared;   // slot → references beyond the first
     struct spt_map notes;

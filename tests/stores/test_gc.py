@@ -6,13 +6,15 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from stores_crashing import open_server
 
 from edm.cli.store import command
+from edm.dms.table import PageTable
 from edm.testing.pages import batch_of
-from edm.types import PAGE_BYTES, EvictStatus, GetStatus
+from edm.types import PAGE_BYTES, PAGE_REF, EvictStatus, GetStatus
 
 KEPT = range(0, 1500, 10)
 LMDB = {"map_size": "1M", "sync": "none"}
@@ -101,3 +103,19 @@ def fill_more(path, name, instance, version):
     assert server.evict(instance, refs, memoryview(pages)) == ""
     assert server.control(instance, {"op": "drop_pages", "ranges": [[instance << 32, 2000, 400]]})["ok"]
     server.close()
+
+
+def test_the_table_in_memory_gives_back_what_dropped_pages_took():
+    table = PageTable()
+    for region, pages in ((1, 200_000), (2, 1_000)):
+        refs = np.zeros(pages, PAGE_REF)
+        refs["region"], refs["index"], refs["version"] = region, np.arange(pages), 1
+        table.record(refs, np.arange(pages, dtype=np.uint64) + np.uint64(region << 32))
+    full = table.stat()["memory_bytes"]
+    assert len(table.drop(1, 50_000, 150_000)) == 150_000
+    assert table.stat()["memory_bytes"] < full // 2
+    assert len(table.drop_region(1)) == 50_000
+    assert table.stat()["memory_bytes"] < full // 20
+    refs, slots = table.pages(2)
+    assert slots.tolist() == [(2 << 32) + i for i in range(1_000)]
+    assert table.lookup(refs).slots.tolist() == slots.tolist()

@@ -319,7 +319,7 @@ static void damaged_page_files_give_errors(void) {
         snprintf(name, sizeof name, "%08" PRIx64 ".pages", slot_of[at] / SEGMENT);
         int file = openat(directory_fd, name, O_RDWR);
         CHECK(file >= 0);
-        off_t sums = PAGE + (off_t)(slot_of[at] % SEGMENT) * 4, data = 2 * PAGE + (off_t)(slot_of[at] % SEGMENT) * PAGE;
+        off_t sums = PAGE + (off_t)(slot_of[at] % SEGMENT) * 4, data = (off_t)edm_pf_offset(pf, slot_of[at]);
         off_t byte = below(2) ? sums + (off_t)below(4) : data + (off_t)below(PAGE);
         uint8_t was, now;
         CHECK(pread(file, &was, 1, byte) == 1);

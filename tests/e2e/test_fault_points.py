@@ -4,6 +4,7 @@ The quick form kills at the points where most is half done; `make soak` at all o
 each transport, and prints what came of it.
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -113,10 +114,15 @@ def test_nothing_is_left_of_a_program_that_ends_while_nobody_serves_it(edm, prog
     assert edm.left_behind() == ({}, [])
 
 
+PART, PARTS = map(int, os.environ.get("EDM_SOAK_PART", "1/1").split("/"))
+"""Of a row of the matrix, which of so many parts is run: "2/6" is every sixth point, from the second on."""
+
+
 def cases(transport):
     """Each point, and whose it is."""
     server = "dm-handler" if transport == "inproc" else "dms"
-    return [*(("dm-handler", point) for point in (*LIVING, *ADOPTING)), *((server, point) for point in SERVING)]
+    whose = [*(("dm-handler", point) for point in (*LIVING, *ADOPTING)), *((server, point) for point in SERVING)]
+    return whose[PART - 1 :: PARTS]
 
 
 def ended_as_it_must(victim, death, plain):
@@ -154,5 +160,6 @@ def test_whoever_dies_wherever(tmp_path_factory, make_edm, program, plain, trans
             print(f"WRONG {transport} {victim} {role} {point}: {death} {left}", flush=True)
         outcomes["not reached" if not death.reached else "completed" if death.out == plain else "ended"] += 1
         edm.close()
-    print(f"{transport}, {victim} at {len(cases(transport))} points: {dict(outcomes)}, wrong: {wrong}", flush=True)
+    part = f" (part {PART} of {PARTS})" if PARTS > 1 else ""
+    print(f"{transport}, {victim} at {len(cases(transport))} points{part}: {dict(outcomes)}, wrong: {wrong}", flush=True)
     assert not wrong

@@ -82,7 +82,9 @@ class Session:
         self._program_pid = 0
         self._additions: Mapping[str, str] = {}
         self._alive: dict[str, tuple[int, int]] = {}
-        self._finished = self._finishing = False
+        self._finished = False
+        # What the DM-Handler is to answer: another one is asked again, where the one that was asked has died of it.
+        self._question: str | None = None
         self._failure: str | None = None
         self._mistake = False
         self.counters: dict[str, int] = {}
@@ -223,8 +225,8 @@ class Session:
         if not self._waiting_for and self._revival.done():
             self._warn_each(f"the {TITLES[role]} is there again; the program goes on")
             self._answer_adopters("served")
-        if self._finishing and role == "dm-handler":
-            self._control.send("dm-handler", "finish")  # the one that was told has died of it
+        if self._question and role == "dm-handler":
+            self._control.send("dm-handler", self._question)
 
     def _gone(self, role: str, pid: int) -> None:
         if role in self._alive:
@@ -252,6 +254,10 @@ class Session:
             self._leave_waiting(f"{why}: {self._revival.why_not or self._log_tail()}")
         else:
             self._failure = self._failure or f"{why}: {self._revival.why_not or self._log_tail()}"
+
+    @property
+    def _finishing(self) -> bool:
+        return self._question == "finish"
 
     @property
     def _waits(self) -> bool:
@@ -374,8 +380,13 @@ class Session:
         if self._left or not self._control.send("dm-handler", "pids"):
             self._take_events(0)
             return []
-        while self._pids is None and not self._failure and time.monotonic() < end:
+        # It may have died unnoticed: its holder has its end of the line too, and nothing there answers.
+        self._question = "pids"
+        while self._pids is None and not self._failure and not self._left:
+            if time.monotonic() > end and not self._revival.under_way:
+                break
             self._take_events(TICK_S)
+        self._question = None
         return self._pids or []
 
     def finish(self) -> None:
@@ -383,8 +394,8 @@ class Session:
         self._wait_revived()
         if self._left:
             return  # nobody is there to be asked, and no program to need them: `close` ends what is left
-        self._finishing = True
-        self._control.send("dm-handler", "finish")
+        self._question = "finish"
+        self._control.send("dm-handler", self._question)
         end = time.monotonic() + 2 * END_S
         while not self._finished and not self._failure and time.monotonic() < end:
             self._take_events(TICK_S)

@@ -105,7 +105,6 @@ def test_a_point_takes_only_what_can_be_done_there(edm, program):
     assert "no fault point 'fork_made', or it cannot corrupt" in death.err
 
 
-@pytest.mark.soak
 def test_nothing_is_left_of_a_program_that_ends_while_nobody_serves_it(edm, program):
     """Its sidecar waits in the kernel then: for somebody to read that it has emptied staging."""
     death = run_with_death(edm, program("stamped"), "staging_dropped", victim="app, dm-handler")

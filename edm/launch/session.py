@@ -228,12 +228,13 @@ class Session:
         if self._question and role == "dm-handler":
             self._control.send("dm-handler", self._question)
 
-    def _gone(self, role: str, pid: int) -> None:
+    def _gone(self, role: str, pid: int, *, latest: bool = False) -> None:
+        """latest: it is not one that was before the one which is waited for."""
         if role in self._alive:
             if self._alive[role][0] != pid:
                 return  # the last that is heard of one that died before
             os.close(self._alive.pop(role)[1])
-        elif role not in self._waiting_for or self._revival.under_way:
+        elif not latest and (role not in self._waiting_for or self._revival.under_way):
             return
         if role in self._left or self._finished or role not in self._needed():
             return
@@ -333,7 +334,7 @@ class Session:
         try:
             self._alive[role] = (pid, os.pidfd_open(pid))
         except ProcessLookupError:
-            self._take(Event(role, "gone", {"pid": pid}))
+            self._gone(role, pid, latest=True)
 
     def _needed(self) -> set[str]:
         """Whose end is a failure: at the end of a run the DMS leaves first."""

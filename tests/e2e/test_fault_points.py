@@ -160,5 +160,7 @@ def test_whoever_dies_wherever(tmp_path_factory, make_edm, program, plain, trans
         outcomes["not reached" if not death.reached else "completed" if death.out == plain else "ended"] += 1
         edm.close()
     part = f" (part {PART} of {PARTS})" if PARTS > 1 else ""
-    print(f"{transport}, {victim} at {len(cases(transport))} points{part}: {dict(outcomes)}, wrong: {wrong}", flush=True)
+    print(
+        f"{transport}, {victim} at {len(cases(transport))} points{part}: {dict(outcomes)}, wrong: {wrong}", flush=True
+    )
     assert not wrong

@@ -130,6 +130,7 @@ int engine_make(struct edm_engine *g) {
     if (!g->slot || !g->out_pages || !g->out_refs || !g->batch || !g->own_policy || !g->zeros || !g->fetch)
         goto fail;
     outbox_again(g);
+    acknowledged_again(g);
     for (uint32_t i = g->nslots; i-- > 0;)
         if (!g->slot[i].refs) {
             g->slot[i].next_free = g->free_slot;

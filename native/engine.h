@@ -305,6 +305,8 @@ struct edm_engine {
     struct edm_counters count;
     struct state_head *state;  // with the outbox items and the write-back slots: see state.h
     struct state_space *state_space;
+    struct state_known *known_pages;
+    uint64_t known_used;  // entries of it
     int state_fd;
     uint32_t state_hint;  // no free entry of state_space is before it
     uint32_t turn;        // our half of the pairs of descriptors in the segment
@@ -496,6 +498,11 @@ struct outbox_item *outbox_item_at(struct edm_engine *g, uint64_t id);
 void outbox_cancel(struct edm_engine *g, uint64_t id);
 // Take the segment's outbox over; its items have no `space` yet.
 void outbox_again(struct edm_engine *g);
+
+// ---- acknowledged.c: what the DMS has; called for each outbox item that it has carried out, in their order
+void acknowledged_note(struct edm_engine *g, const struct outbox_item *o);
+bool acknowledged_has(const struct edm_engine *g, uint64_t region, uint64_t page);
+void acknowledged_again(struct edm_engine *g);
 
 // ---- moveout.c: one batch of the LPET
 uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batch *b);

@@ -379,7 +379,10 @@ static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct ed
     bool known = ref->version == fs->version && ref->checksum == fs->checksum;
     bool existing = ref->status == 1 && intact && (known || (s->asks && !fs->version && ref->version));
     struct lspt_entry *e = lspt_entry(&s->lspt, fs->page);
-    if (!fs->version && ref->status == 0) {
+    // A page that the DMS had has not become a new one; the answer for another name, before a remap, says nothing.
+    bool new_page =
+        !fs->version && ref->status == 0 && ref->index == fs->page && !acknowledged_has(g, s->region, fs->page);
+    if (new_page) {
         unfetch(g, e, fs);
         take_new(g, (struct fault){s, fs->page, fs->flags, 0}, false);
         return;

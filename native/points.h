@@ -2,7 +2,7 @@
 // and what is damaged there if a test says so (NULL: that cannot be). Those of a DM-Handler that takes over begin with
 // adopt_; those of the memory server with pages_, and are in edm/dms/server.py as well. docs/reliability.md has all.
 EDM_POINT(pages_asked, "pages are to be looked for", "the store says that it cannot", NULL)
-EDM_POINT(pages_found, "they are read", NULL, "a page of the answer")
+EDM_POINT(pages_found, "they are read", "it has them no more", "a page of the answer")
 EDM_POINT(pages_screened, "pages are to be stored", "the store says that it cannot", "a page that is stored")
 EDM_POINT(pages_put, "the page store has them", "the SPT says that it cannot", NULL)
 EDM_POINT(pages_recorded, "the SPT has them", "the store says that it cannot make them last", NULL)

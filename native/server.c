@@ -69,8 +69,9 @@ int edm_server_get(struct edm_server *s, uint32_t instance, struct edm_page_ref 
         return -EAGAIN;
     s->count.gets += n;
     s->count.found += found;
-    if (found)
-        (void)point_fails(POINT_pages_found, into);
+    if (found && point_fails(POINT_pages_found, into))
+        for (uint32_t i = 0; i < n; i++)  // answered as if nothing had ever been stored
+            refs[i].status = refs[i].checksum = 0, refs[i].version = 0;
     return 0;
 }
 

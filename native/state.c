@@ -9,17 +9,17 @@
 
 #include "engine.h"
 
-#define STATE_VERSION 1
+#define STATE_VERSION 2
 
 static uint64_t whole_pages(uint64_t bytes) { return (bytes + PAGE_SIZE_ - 1) & ~(PAGE_SIZE_ - 1); }
 
-// Head, spaces, items, slots. Most of it is never touched, and takes no memory.
+// Head, spaces, items, tables of acknowledged.c, slots. Most of it is never touched, and takes no memory.
 static const uint64_t head_bytes = PAGE_SIZE_;
 static uint64_t spaces_bytes(void) { return whole_pages(STATE_SPACES * sizeof(struct state_space)); }
 static uint64_t items_bytes(void) { return whole_pages((uint64_t)STATE_ITEMS * sizeof(struct outbox_item)); }
-static uint64_t all_bytes(uint32_t slots) {
-    return head_bytes + spaces_bytes() + items_bytes() + (uint64_t)slots * PAGE_SIZE_;
-}
+static uint64_t known_bytes(void) { return whole_pages((2ull << STATE_KNOWN_MOST) * sizeof(struct state_known)); }
+static uint64_t slots_at(void) { return head_bytes + spaces_bytes() + items_bytes() + known_bytes(); }
+static uint64_t all_bytes(uint32_t slots) { return slots_at() + (uint64_t)slots * PAGE_SIZE_; }
 
 static int state_map(struct edm_engine *g, int fd, uint32_t slots) {
     char *p = mmap(NULL, all_bytes(slots), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
@@ -29,7 +29,8 @@ static int state_map(struct edm_engine *g, int fd, uint32_t slots) {
     g->state = (struct state_head *)(void *)p;
     g->state_space = (struct state_space *)(void *)(p + head_bytes);
     g->item = (struct outbox_item *)(void *)(p + head_bytes + spaces_bytes());
-    g->slots = (uint8_t *)(p + head_bytes + spaces_bytes() + items_bytes());
+    g->known_pages = (struct state_known *)(void *)(p + head_bytes + spaces_bytes() + items_bytes());
+    g->slots = (uint8_t *)(p + slots_at());
     g->nslots_all = slots;
     return 0;
 }

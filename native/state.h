@@ -16,6 +16,7 @@
 #define STATE_EVENTS 256
 #define STATE_LATE 64
 #define STATE_ITEMS (1u << 22)
+#define STATE_KNOWN_MOST 24  // the largest table of acknowledged.c has so many bits of entries
 #define EVENT_AT 65536u
 #define NOT_YET ((1ull << 48) - 1)  // a sequence that is never committed
 
@@ -51,6 +52,12 @@ struct state_head {
     uint32_t slots, spaces, items;  // in use or used before, of the tables below
     uint64_t committed;             // outbox sequence
     uint64_t page_version;
+    uint32_t known_power;  // the table of acknowledged.c in use has 2^known_power entries
+};
+
+// 64 pages of a region: bit n, the DMS has page group * 64 + n.
+struct state_known {
+    uint64_t region, group, bits;
 };
 
 struct edm_engine;

@@ -310,8 +310,10 @@ void edm_outbox_done(struct edm_engine *g, const struct edm_outbox *out) {
                 continue;
             }
             write_slot_put(g, o->slot);
-        } else if (o->kind == EDM_OUT_EVICT) {
-            eviction_done(g, o);
+        } else {
+            acknowledged_note(g, o);
+            if (o->kind == EDM_OUT_EVICT)
+                eviction_done(g, o);
         }
         item_free(g, g->out_item[i]);
         point(POINT_outbox_half);

@@ -281,6 +281,61 @@ static void page_remapped_while_fetched_arrives_there(void) {
     finish();
 }
 
+// As after a takeover: of a page that is away the engine knows neither version nor checksum.
+static void forget_versions(uint64_t pages) {
+    pthread_mutex_lock(&g->mu);
+    struct space *s = g->space[0];
+    s->asks = true;
+    for (uint64_t page = 0; page < pages; page++) {
+        struct lspt_entry *e = lspt_entry(&s->lspt, page);
+        if (e->state == PS_REMOTE) {
+            memset(e, 0, sizeof *e);
+            g->count.remote--;
+        }
+    }
+    pthread_mutex_unlock(&g->mu);
+}
+
+static void page_that_was_stored_is_never_a_new_one(void) {
+    uint64_t value = 0;
+    begin(small);
+    write_all(64);
+    WAIT_FOR(counters().remote >= 32 && !counters().staged);
+    forget_versions(64);
+    pthread_mutex_lock(&dms.mu);
+    toy_forget(&dms.region[0].page[0]);
+    pthread_mutex_unlock(&dms.mu);
+    CHECK(edm_replay_touch(program, 0, 0, 0, &value) == -EFAULT);
+    CHECK(counters().lost == 1 && strstr(edm_engine_error(g), "the memory server has nothing of it"));
+    CHECK(read_page(1) == 2 && read_page(200) == 0);
+    CHECK(edm_replay_event(program, EDM_REPLAY_REMOVE, 0, 2, 0) == 0);
+    CHECK(read_page(1) == 0);
+    finish();
+}
+
+// The memory server renames it before it looks, and has nothing at the old name any more; it says so before it says
+// that it has.
+static void page_remapped_while_asked_for_is_never_a_new_one(void) {
+    struct toucher t;
+    begin(small);
+    write_all(64);
+    WAIT_FOR(counters().remote >= 32 && !counters().staged);
+    forget_versions(64);
+    dms.hold_fetch = true;
+    touch_apart(&t, 0, 0, 0);
+    WAIT_FOR(dms.held_fetches);
+    dms.hold_moved = true;
+    CHECK(edm_replay_event(program, EDM_REPLAY_REMAP, 0, 1, 200) == 0);
+    WAIT_FOR(dms.held_moved);
+    dms.hold_fetch = false;
+    usleep(20000);  // the answer comes first
+    dms.hold_moved = false;
+    CHECK(read_page(200) == 1);
+    pthread_join(t.thread, NULL);
+    CHECK(t.result == 0 && t.value == 0);
+    finish();
+}
+
 static void child_has_the_page_its_parent_is_fetching(void) {
     struct toucher t;
     struct edm_replay *child;
@@ -429,6 +484,8 @@ int main(int argc, char **argv) {
         CASE(page_removed_while_fetched_reads_zeros),
         CASE(page_unmapped_while_fetched_reads_zeros),
         CASE(page_remapped_while_fetched_arrives_there),
+        CASE(page_that_was_stored_is_never_a_new_one),
+        CASE(page_remapped_while_asked_for_is_never_a_new_one),
         CASE(child_has_the_page_its_parent_is_fetching),
         CASE(child_drops_what_the_clone_brought),
         CASE(refused_page_is_dropped_all_the_same),

@@ -29,8 +29,10 @@ struct toy_dms {
     _Atomic bool keep_refused;    // a refused page is kept always, not by chance
     _Atomic bool hold;            // answers no eviction
     _Atomic bool hold_fetch;      // answers no fetch
-    _Atomic uint32_t held_fetches, held_evictions;
-    bool in_c;  // the engine calls it through a table
+    _Atomic bool hold_moved;      // does not say that it has renamed pages
+    _Atomic uint32_t held_fetches, held_evictions, held_moved;
+    bool refuses;  // … or has, before
+    bool in_c;     // the engine calls it through a table
     struct edm_channel_ops channel;
     uint64_t drops, clones, moves;
     pthread_t worker[TOY_WORKERS], write_back;
@@ -83,6 +85,7 @@ static void toy_evict(struct toy_dms *d, struct edm_page_ref *ref, const uint8_t
     if (ref->version < p->version)
         FAIL("page %#" PRIx64 ": version %" PRIu64 " after %" PRIu64, ref->index, ref->version, p->version);
     ref->status = next_random(random) % 1000 < d->refuse;
+    d->refuses |= ref->status != 0;
     // A refused page may or may not have been kept.
     if (!ref->status || d->keep_refused || next_random(random) % 2)
         toy_put(p, ref->version, ref->checksum, data);
@@ -205,6 +208,18 @@ static void *toy_worker_thread(void *argument) {
     return NULL;
 }
 
+// What the engine has noted of a region is what is there; of a page that was refused and kept it knows nothing.
+static void toy_agrees(struct toy_dms *d, uint64_t region) {
+    struct toy_region *r = toy_find(d, region);
+    pthread_mutex_lock(&d->engine->mu);
+    for (uint64_t i = 0; i < d->pages; i++) {
+        bool stored = r && r->page[i].version, known = acknowledged_has(d->engine, region, i);
+        if (known != stored && (known || !d->refuses))
+            FAIL("page %" PRIu64 " of region %#" PRIx64 " is%s stored", i, region, stored ? "" : " not");
+    }
+    pthread_mutex_unlock(&d->engine->mu);
+}
+
 static void *toy_write_back_thread(void *dms) {
     struct toy_dms *d = dms;
     uint64_t random = 99;
@@ -222,7 +237,13 @@ static void *toy_write_back_thread(void *dms) {
         else
             toy_structural(d, &out);
         pthread_mutex_unlock(&d->mu);
+        if (out.kind == EDM_OUT_MOVE)
+            toy_hold(&d->hold_moved, &d->held_moved);
         edm_outbox_done(d->engine, &out);
+        pthread_mutex_lock(&d->mu);
+        if (out.kind != EDM_OUT_EVICT)
+            toy_agrees(d, out.region);
+        pthread_mutex_unlock(&d->mu);
     }
     return NULL;
 }

@@ -99,14 +99,15 @@ def run_with_death(
     times=None,
     action="kill",
     arguments=(OPS,),
+    after_takeover=False,
 ):
     """Run the stamped program with one action at `point` of `role`, or with a death of `victim` while that holds still.
 
-    victim: one of VICTIMS, or several, one after the other: "app, dm-handler". For a point of taking over a
-    DM-Handler is killed at work before, so that the point of another one's start is reached.
+    victim: one of VICTIMS, or several, one after the other: "app, dm-handler". For a point of taking over, or
+    `after_takeover`, a DM-Handler is killed at work before, so that it is another one that comes to the point.
     """
     flag = edm.directory / "point"
-    takeover = point in ADOPTING
+    takeover = after_takeover or point in ADOPTING
     times = TIMES.get(point, 0 if takeover else 5) if times is None else times
     line = f"{role} {point} {'hold' if victim else action} {times}\n"
     flag.write_text("dm-handler batch_committed kill 5\n" if takeover else line)

@@ -91,6 +91,14 @@ def test_whatever_is_late_or_fails_or_is_damaged_the_program_goes_on_or_stops(ed
         check(death, plain)
 
 
+def test_after_a_takeover_a_page_that_was_stored_is_not_taken_for_a_new_one(edm, program, plain):
+    """A DM-Handler that has taken over knows no version of a page; but that the memory server had it."""
+    death = run_with_death(edm, program("stamped"), "pages_found", action="fail", after_takeover=True)
+    assert death.reached
+    assert "is there again" in death.err
+    check(death, plain)
+
+
 def test_what_a_child_writes_after_a_takeover_stays(edm, program):
     """Of its parent's clean pages a child's were taken for clean when they were not write-protected any more."""
     death = run_with_death(edm, program("tree"), "batch_committed", arguments=["child_writes_what_was_read"])

@@ -322,12 +322,15 @@ static bool look_at_spaces(struct edm_engine *g) {
 
 // Mappings change in bursts: look more often while they do. Where more fits in than a program could touch meanwhile,
 // looking can wait, and leaves the program's CPU to it.
-static uint64_t look_again_us(const struct edm_engine *g, bool busy) {
-    if (!g->nspaces && !g->handshakes)
-        return 100000;
+static uint64_t look_again_us(struct edm_engine *g, bool busy) {
+    pthread_mutex_lock(&g->mu);
+    bool alone = !g->nspaces && !g->handshakes;
     uint64_t us = busy && g->cfg.sweep_us > 1000 ? 1000 : g->cfg.sweep_us, seldom = us * ROOMY_TIMES;
     uint64_t used = g->resident + g->inbound;
     bool roomy = !g->limit || (used < g->limit && (g->limit - used) / ROOM_PART > seldom * TOUCHED_PAGES_US);
+    pthread_mutex_unlock(&g->mu);
+    if (alone)
+        return 100000;
     return roomy && !g->user_mode ? seldom : us;
 }
 
@@ -338,7 +341,7 @@ void *capture_thread(void *engine) {
     setpriority(PRIO_PROCESS, 0, -10);
     uint64_t busy_until = 0;
     while (!atomic_load(&g->stop)) {
-        uint64_t us = look_again_us(g, now_ns() < busy_until);
+uint64_t us = look_again_us(g, now_ns() < busy_until);
         struct timespec t = {.tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000};
         struct pollfd p = {g->listen_fd, POLLIN, 0};
         if (ppoll(&p, 1, &t, NULL) == 1)

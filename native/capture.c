@@ -341,7 +341,7 @@ void *capture_thread(void *engine) {
     setpriority(PRIO_PROCESS, 0, -10);
     uint64_t busy_until = 0;
     while (!atomic_load(&g->stop)) {
-uint64_t us = look_again_us(g, now_ns() < busy_until);
+        uint64_t us = look_again_us(g, now_ns() < busy_until);
         struct timespec t = {.tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000};
         struct pollfd p = {g->listen_fd, POLLIN, 0};
         if (ppoll(&p, 1, &t, NULL) == 1)

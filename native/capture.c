@@ -161,6 +161,8 @@ static struct space *admit_forked(struct edm_engine *g, int pid, struct edm_ctl 
     return s;
 }
 
+#define MOST_HANDSHAKES 256  // at once, each with a thread of its own
+
 struct handshake {
     struct edm_engine *engine;
     int s;
@@ -279,6 +281,14 @@ static void *handshake_thread(void *arg) {
     return NULL;
 }
 
+// Where to listen: whoever comes beyond so many waits in the socket's queue, and costs nothing.
+static int door(struct edm_engine *g) {
+    pthread_mutex_lock(&g->mu);
+    int fd = g->handshakes < MOST_HANDSHAKES ? g->listen_fd : -1;
+    pthread_mutex_unlock(&g->mu);
+    return fd;
+}
+
 static void accept_one(struct edm_engine *g) {
     int s = accept4(g->listen_fd, NULL, NULL, SOCK_CLOEXEC);
     if (s < 0)
@@ -343,7 +353,7 @@ void *capture_thread(void *engine) {
     while (!atomic_load(&g->stop)) {
         uint64_t us = look_again_us(g, now_ns() < busy_until);
         struct timespec t = {.tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000};
-        struct pollfd p = {g->listen_fd, POLLIN, 0};
+        struct pollfd p = {door(g), POLLIN, 0};
         if (ppoll(&p, 1, &t, NULL) == 1)
             accept_one(g);
         if (look_at_spaces(g))

@@ -3,13 +3,16 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from test_deaths import descendants, expected, kill_while_at_work, wait_for
+from watching import wait_for as until
 
 from edm.privileges import HANDLER, Capability
 
@@ -143,6 +146,32 @@ def test_a_stranger_gets_nothing_from_any_socket_whatever_the_umask(open_edm, pr
     assert said.keys() == {"capture.sock", "control.sock", "dms.sock", "pages.sock"}, ran.stderr
     assert said.pop("dms.sock") == "may not connect"
     assert set(said.values()) <= {"b''", "ConnectionResetError", "BrokenPipeError"}, said
+    out, err = process.communicate(timeout=80)
+    assert (process.returncode, out, err) == (0, expected(command), b"")
+
+
+def test_no_more_connections_are_taken_than_there_is_a_bound_for(open_edm, program):
+    command = (program("working_set"), 8, 10)
+    process = open_edm.start("run", "--transport", "inproc", "--local-memory", "4M", "--", *command)
+    working, _ = wait_for(process.pid, "working_set", "edm: sidecar")
+    os.kill(working, signal.SIGSTOP)
+    (handler,) = open_edm.pids(("edm: dm-handler",))
+
+    def threads():
+        return len(os.listdir(f"/proc/{handler}/task"))
+
+    before, lines = threads(), []
+    path = str(next(open_edm.sockets.rglob("capture.sock")))
+    for _ in range(400):
+        lines.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        lines[-1].connect(path)
+    until(lambda: threads() == before + 256)
+    time.sleep(0.1)
+    assert threads() == before + 256
+    for line in lines:
+        line.close()
+    until(lambda: threads() == before)  # those that waited were let in, and were gone
+    os.kill(working, signal.SIGCONT)
     out, err = process.communicate(timeout=80)
     assert (process.returncode, out, err) == (0, expected(command), b"")
 

@@ -20,11 +20,11 @@ Row = dict[str, Any]
 
 
 def ratio(case: Case, result: Result, floors: Mapping[str, Spread]) -> float:
-    """A run's figure over the bare fault; of speed-ups and whole times, the factor itself.
+    """A run's figure over the bare fault of the same kind; of speed-ups and whole times, the factor itself.
 
     The mean of the run, not the median: what eviction costs falls on few accesses, and belongs to all of them.
     """
-    return result.mean if case.figure in FACTORS else result.mean / floors["fault"].median
+    return result.mean if case.figure in FACTORS else result.mean / floors[case.floor].median
 
 
 def row(case: Case, results: Mapping[str, Result | str], floors: Mapping[str, Spread]) -> Row:
@@ -98,7 +98,7 @@ def print_table(document: dict[str, Any]) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     floors = document["floors"]
-    named = {"fault": "bare fault", "mpi": "bare mpi4py round trip", "pread": "bare pread"}
+    named = {"fault": "bare fault", "write": "of a write", "mpi": "bare mpi4py round trip", "pread": "bare pread"}
     shown = ", ".join(f"{named[name]} {f['median'] / 1000:.2f} µs" for name, f in floors.items())
     table = Table(title=f"against the bare fault ({shown})", title_justify="left")
     for column in ("case", "target", "one CPU", "all CPUs", "all / one", "time (quartiles)", ""):

@@ -113,13 +113,14 @@ def call(command: Sequence[str], placement: Placement, timeout_s: float = TIMEOU
 
 
 def measure_floors(sizes: Sizes, *, mpi: bool, directory: Path) -> dict[str, Spread]:
-    """The bare fault, a page of a cached file, and (`mpi`) a bare round trip; each in its best placement."""
+    """The bare fault of a read and of a write, a page of a cached file, and (`mpi`) a bare round trip; each in its best placement."""
     if not PROGRAM.exists():
         raise UsageError(f"{PROGRAM} is missing: install EDM again, with a C compiler at hand")
     file = directory / "floor"
-    floor = [str(PROGRAM), "floor-fault", f"region={sizes.budget_pages}"]
+    pages = (f"region={sizes.budget_pages}", f"accesses={max(FLOOR_FAULTS, sizes.budget_pages)}")
     floors = {
-        "fault": json.loads(call([*floor, f"accesses={max(FLOOR_FAULTS, sizes.budget_pages)}"], "all"))["ns"],
+        "fault": json.loads(call([str(PROGRAM), "floor-fault", *pages], "all"))["ns"],
+        "write": json.loads(call([str(PROGRAM), "floor-fault-write", *pages], "all"))["ns"],
         "pread": json.loads(
             call([str(PROGRAM), "floor-pread", f"region={sizes.budget_pages}", "accesses=65536", f"file={file}"], "all")
         )["ns"],

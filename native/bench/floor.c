@@ -53,8 +53,9 @@ static void *bare_handler(void *argument) {
     return NULL;
 }
 
-// Over as many pages as a program under EDM has here: the more there are, the fewer are in the CPU's caches.
-int floor_fault(const struct measure *m) {
+// Over as many pages as a program under EDM has here. A write costs more: the kernel takes and clears memory for it
+// before it asks, and gives it back. Source: mm/memory.c, do_anonymous_page.
+int floor_fault(const struct measure *m, bool write) {
     pin_here();
     uint64_t pages = m->region_pages / CHUNK * CHUNK;
     uint8_t *region = region_map(pages, false);
@@ -74,8 +75,13 @@ int floor_fault(const struct measure *m) {
             i = 0;
         }
         uint64_t t = clock_ns();
-        for (uint64_t k = i; k < i + CHUNK; k++)
-            sum += *(volatile uint64_t *)(region + order[k] * PAGE);
+        for (uint64_t k = i; k < i + CHUNK; k++) {
+            volatile uint64_t *at = (volatile uint64_t *)(region + order[k] * PAGE);
+            if (write)
+                *at = k;
+            else
+                sum += *at;
+        }
         samples_add(&s, (double)(clock_ns() - t) / CHUNK);
     }
     printf("{");

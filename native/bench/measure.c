@@ -1,5 +1,6 @@
-// edm-measure MODE key=value…: one pattern of accesses, timed from inside the program. Modes: floor-fault, floor-pread,
-// new, wide, read-random, write-random, read-sequential, write-sequential, threads, rescue, evict, sort.
+// edm-measure MODE key=value…: one pattern of accesses, timed from inside the program. Modes: floor-fault,
+// floor-fault-write, floor-pread, new, wide, read-random, write-random, read-sequential, write-sequential, threads,
+// rescue, evict, sort.
 #include "measure.h"
 
 #include <errno.h>
@@ -422,8 +423,8 @@ int main(int argc, char **argv) {
     struct measure m = {argc > 1 ? argv[1] : "", 262144, 65536, 131072, 4, "edm-measure.tmp"};
     parse(&m, argc, argv);
     prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
-    if (!strcmp(m.mode, "floor-fault"))
-        return floor_fault(&m);
+    if (!strcmp(m.mode, "floor-fault") || !strcmp(m.mode, "floor-fault-write"))
+        return floor_fault(&m, strlen(m.mode) > strlen("floor-fault"));
     if (!strcmp(m.mode, "floor-pread"))
         return floor_pread(&m);
     if (!strcmp(m.mode, "new"))

@@ -37,7 +37,7 @@ uint64_t page_mark(uint64_t i);
 // Order in which 0 … n-1 are visited, each once.
 uint32_t *permutation(uint64_t n, uint64_t seed);
 
-int floor_fault(const struct measure *m);
+int floor_fault(const struct measure *m, bool write);
 int floor_pread(const struct measure *m);
 int sort_integers(const struct measure *m);
 void sort_64(uint64_t *first, uint64_t *last);

@@ -13,7 +13,10 @@ from edm.bench.report import ratio, row, verdicts, write_plot
 from edm.bench.running import PROGRAM, MeasureFailed, Result, Sizes, Spread, call, figure
 
 NAMED = {case.name: case for case in CASES}
-FLOORS = {name: Spread(median=ns, low=ns, high=ns) for name, ns in (("fault", 4000), ("mpi", 3000), ("pread", 1000))}
+FLOORS = {
+    name: Spread(median=ns, low=ns, high=ns)
+    for name, ns in (("fault", 4000), ("write", 5000), ("mpi", 3000), ("pread", 1000))
+}
 
 
 def result(mean):
@@ -28,8 +31,13 @@ def run(*arguments):
 
 def test_a_ratio_at_its_target_is_met_and_one_above_is_missed():
     case = NAMED["new"]
-    assert row(case, {"one": result(5200)}, FLOORS)["met"] is True
-    assert row(case, {"one": result(5201)}, FLOORS)["met"] is False
+    assert row(case, {"one": result(6500)}, FLOORS)["met"] is True
+    assert row(case, {"one": result(6501)}, FLOORS)["met"] is False
+
+
+def test_reads_and_writes_are_each_held_against_a_bare_fault_of_their_kind():
+    assert row(NAMED["read-random"], {"one": result(8000)}, FLOORS)["ratio"] == pytest.approx(2.0)
+    assert row(NAMED["write-random"], {"one": result(8000)}, FLOORS)["ratio"] == pytest.approx(1.6)
 
 
 def test_a_speed_up_is_to_be_at_least_its_target():
@@ -59,7 +67,7 @@ def test_a_run_that_failed_meets_nothing_and_says_why():
 
 def test_the_mean_counts_and_not_the_median():
     uneven = Result(spread=Spread(median=4000, low=4000, high=4000), mean=8000.0, counters={})
-    assert ratio(NAMED["new"], uneven, FLOORS) == 2.0
+    assert ratio(NAMED["read-random"], uneven, FLOORS) == 2.0
 
 
 def test_rescues_that_were_fetches_are_no_figure():
@@ -93,7 +101,7 @@ def test_an_unknown_case_is_refused_in_one_line():
 
 def test_the_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    write_plot({"rows": [row(NAMED["new"], {"one": result(5200)}, FLOORS)]}, tmp_path / "bench.png")
+    write_plot({"rows": [row(NAMED["new"], {"one": result(6500)}, FLOORS)]}, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -108,6 +116,7 @@ def test_misses_of_a_real_program_are_measured():
     (measured,) = document["rows"]
     figures = measured["placements"]["all"]
     assert document["floors"]["fault"]["median"] > 0
+    assert document["floors"]["write"]["median"] > 0
     assert figures["counters"]["fetches"] > 4096
     assert figures["mean"] > 0
     assert measured["ratio"] == pytest.approx(figures["mean"] / document["floors"]["fault"]["median"])

@@ -220,7 +220,8 @@ def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
 
 def test_another_holder_takes_the_place_of_one_that_died(edm, running):
     process, command = running("inproc", megabytes=8, rounds=20)
-    holder, _ = wait_for(process.pid, "edm: holder", "edm: sidecar")
+    holder, program, _ = wait_for(process.pid, "edm: holder", "working_set", "edm: sidecar")
+    os.kill(program, signal.SIGSTOP)  # it must not be at its end before
     os.kill(holder, signal.SIGKILL)
     end = time.monotonic() + 10
     while time.monotonic() < end and wait_for(process.pid, "edm: dm-handler"):
@@ -228,6 +229,7 @@ def test_another_holder_takes_the_place_of_one_that_died(edm, running):
             break
         time.sleep(0.02)
     assert now != [holder]
+    os.kill(program, signal.SIGCONT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")
     assert out == expected(command)

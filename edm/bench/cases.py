@@ -24,9 +24,9 @@ class Case:
 
     mode: what edm-measure is told. arguments: for `edm run`. target: the most its ratio may be (speedup: the least).
     figure: what is compared: nanoseconds a page or fault; what `ns` has more than `within`; `ns` over `narrow`; the
-    threads' speed-up; or the whole time against a plain run. judged: the placement whose ratio is held against the
-    target. sums: also held against the sum of the floors. rescues: the figure stands only if most measured faults were
-    rescues. floor: whether the faults that are timed are those of reads or of writes.
+    threads' speed-up; or the whole time against a plain run. sums: also held against the sum of the floors. rescues:
+    the figure stands only if most measured faults were rescues. floor: whether the faults that are timed are those of
+    reads or of writes.
     """
 
     name: str
@@ -35,7 +35,6 @@ class Case:
     arguments: tuple[str, ...]
     target: float
     figure: Figure = "per_page"
-    judged: Literal["one", "all"] = "one"
     sums: bool = False
     rescues: bool = False
     floor: Literal["fault", "write"] = "fault"
@@ -81,7 +80,6 @@ CASES: Final = (
         mode="read-random",
         arguments=MPI_FILE,
         target=4.0,
-        judged="all",
         sums=True,
     ),
     Case(
@@ -97,7 +95,6 @@ CASES: Final = (
         mode="read-sequential",
         arguments=MPI_FILE,
         target=1.0,
-        judged="all",
     ),
     Case(
         name="write-sequential",
@@ -114,7 +111,6 @@ CASES: Final = (
         arguments=INPROC_MEMORY,
         target=1.5,
         figure="speedup",
-        judged="all",
     ),
     Case(
         name="rescue",
@@ -122,7 +118,6 @@ CASES: Final = (
         mode="rescue",
         arguments=INPROC_MEMORY,
         target=1.5,
-        judged="all",
         rescues=True,
     ),
     Case(
@@ -132,7 +127,6 @@ CASES: Final = (
         arguments=INPROC_MEMORY,
         target=0.6,
         figure="added",
-        judged="all",
     ),
     Case(
         name="sort",
@@ -141,6 +135,5 @@ CASES: Final = (
         arguments=INPROC_MEMORY,
         target=3.5,
         figure="whole",
-        judged="all",
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from edm.bench.cases import FACTORS, MPI_TARGET, SPREAD_TARGET, Case
 from edm.errors import MissingExtra
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from edm.bench.running import Result, Sizes, Spread
 
 Row = dict[str, Any]
+JUDGED: Final = "all"
+"""The placement whose ratio is held against the target: what a user has who says nothing."""
 
 
 def ratio(case: Case, result: Result, floors: Mapping[str, Spread]) -> float:
@@ -30,7 +32,7 @@ def ratio(case: Case, result: Result, floors: Mapping[str, Spread]) -> float:
 def row(case: Case, results: Mapping[str, Result | str], floors: Mapping[str, Spread]) -> Row:
     """One row. results: by placement, a text where the run failed."""
     ratios = {where: ratio(case, r, floors) for where, r in results.items() if not isinstance(r, str)}
-    where_judged = case.judged if case.judged in results else next(iter(results))
+    where_judged = JUDGED if JUDGED in results else next(iter(results))
     judged = ratios.get(where_judged)
     document: Row = {
         "case": case.name,

@@ -113,7 +113,7 @@ def call(command: Sequence[str], placement: Placement, timeout_s: float = TIMEOU
 
 
 def measure_floors(sizes: Sizes, *, mpi: bool, directory: Path) -> dict[str, Spread]:
-    """Bare faults of a read and a write, a page of a cached file, and (`mpi`) a bare round trip; each in its best place."""
+    """Bare faults of a read and a write, a page of a cached file, a bare round trip (`mpi`); each in its best place."""
     if not PROGRAM.exists():
         raise UsageError(f"{PROGRAM} is missing: install EDM again, with a C compiler at hand")
     file = directory / "floor"

@@ -80,7 +80,7 @@ def linked(edm, tmp_path):
 
 
 def test_a_program_waits_for_a_bad_link_and_goes_on(linked, program):
-    command = (program("working_set"), 24, 2)
+    command = (program("working_set"), 24, 8)
     link = linked(command)
     wait_until(lambda: link.say("mend")[0] > 500 or link.status.exists(), "pages going over the link")
     link.say("delay 0.01")
@@ -117,7 +117,7 @@ def server(edm, tmp_path):
 
 
 def test_a_program_goes_on_when_its_server_was_killed_and_started_again(edm, server, program, tmp_path):
-    command = (program("working_set"), 16, 3)
+    command = (program("working_set"), 16, 6)
     serving = server()
     run = edm.start("run", "--dms", server.endpoint, *SHORT, "--local-memory", "4M", "--", *command)
     for _ in range(2):

@@ -68,7 +68,7 @@ def stopped_for(edm, program, transport, victim, seconds, rounds):
 @pytest.mark.parametrize(("transport", "victim"), VICTIMS)
 def test_who_is_stopped_for_a_moment_is_not_dead(edm, program, transport, victim):
     # Enough of them that the program is not at its end when the victim is found: a server of its own takes longer.
-    stopped_for(edm, program, transport, victim, 1.0, 80 if transport == "inproc" else 25)
+    stopped_for(edm, program, transport, victim, 1.0, 80)
 
 
 @pytest.mark.soak

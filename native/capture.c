@@ -18,7 +18,8 @@
 #include <unistd.h>
 
 #define HANDSHAKE_MS 10000  // a program that says nothing this long while handing over is let go uncaptured
-#define ROOMY_TIMES 4       // so much more seldom are mappings looked at where the budget is far away:
+#define ROOMY_TIMES \
+    1  // so much more seldom may mappings be looked at where the budget is far away (1: advice waits for a look):
 #define ROOM_PART 4         // ... what may be touched between two looks is less than this part of what is left of it
 #define TOUCHED_PAGES_US 2  // in a microsecond, by several threads
 

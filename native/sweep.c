@@ -17,7 +17,7 @@
 #define USER_MODE_PIECE 16     // pages
 #define FULL_SWEEP_NS \
     50000000u  // at least this often while its resident memory changes: mappings may have been exchanged
-#define REST_SWEEP_NS 400000000u  // ... and while nothing changes
+#define REST_SWEEP_NS 50000000u  // ... and while nothing changes
 
 struct mapping {
     uint64_t a, b;  // page numbers

@@ -18,10 +18,6 @@
 #include <unistd.h>
 
 #define HANDSHAKE_MS 10000  // a program that says nothing this long while handing over is let go uncaptured
-#define ROOMY_TIMES \
-    1  // so much more seldom may mappings be looked at where the budget is far away (1: advice waits for a look):
-#define ROOM_PART 4         // ... what may be touched between two looks is less than this part of what is left of it
-#define TOUCHED_PAGES_US 2  // in a microsecond, by several threads
 
 static bool send_reply(int s, int32_t status, int fd) {
     struct edm_reply r = {EDM_CTL_MAGIC, status};
@@ -331,18 +327,14 @@ static bool look_at_spaces(struct edm_engine *g) {
     return changed;
 }
 
-// Mappings change in bursts: look more often while they do. Where more fits in than a program could touch meanwhile,
-// looking can wait, and leaves the program's CPU to it.
+// Mappings change in bursts: look more often while they do.
 static uint64_t look_again_us(struct edm_engine *g, bool busy) {
     pthread_mutex_lock(&g->mu);
     bool alone = !g->nspaces && !g->handshakes;
-    uint64_t us = busy && g->cfg.sweep_us > 1000 ? 1000 : g->cfg.sweep_us, seldom = us * ROOMY_TIMES;
-    uint64_t used = g->resident + g->inbound;
-    bool roomy = !g->limit || (used < g->limit && (g->limit - used) / ROOM_PART > seldom * TOUCHED_PAGES_US);
     pthread_mutex_unlock(&g->mu);
     if (alone)
         return 100000;
-    return roomy && !g->user_mode ? seldom : us;
+    return busy && g->cfg.sweep_us > 1000 ? 1000 : g->cfg.sweep_us;
 }
 
 void *capture_thread(void *engine) {

@@ -219,7 +219,6 @@ struct space {
     struct edm_ctl *ctl;
     uint64_t staging, anchor;
     uint64_t vsz, changed_ns, swept_ns;
-    uint64_t resident_swept;
     uint64_t put_off;  // pages seen, and left unregistered for now
     bool held_seen;    // adopted: what was registered before is known
     uint64_t lost;     // pages poisoned

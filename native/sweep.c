@@ -12,12 +12,10 @@
 
 #include "pagemap_abi.h"
 
-#define PUT_OFF_PART 64        // of a program's memory: so much may wait to be registered
-#define PUT_OFF_LIMIT_PART 32  // ... but no more than this part of the budget, which it is above
-#define USER_MODE_PIECE 16     // pages
-#define FULL_SWEEP_NS \
-    50000000u  // at least this often while its resident memory changes: mappings may have been exchanged
-#define REST_SWEEP_NS 50000000u  // ... and while nothing changes
+#define PUT_OFF_PART 64          // of a program's memory: so much may wait to be registered
+#define PUT_OFF_LIMIT_PART 32    // ... but no more than this part of the budget, which it is above
+#define USER_MODE_PIECE 16       // pages
+#define FULL_SWEEP_NS 50000000u  // at least this often, changed or not
 
 struct mapping {
     uint64_t a, b;  // page numbers
@@ -246,18 +244,12 @@ static bool due(struct space *s) {
     if (n <= 0)
         return false;
     text[n] = 0;
-    char *rest;
-    uint64_t vsz = strtoull(text, &rest, 10), resident = strtoull(rest, NULL, 10);
+    uint64_t vsz = strtoull(text, NULL, 10);
     bool changed = vsz != s->vsz;
     s->vsz = vsz;
     if (changed)
         s->changed_ns = now;
-    bool moved = resident != s->resident_swept || s->removed.n;
-    if (!changed && !s->sweep_soon && !s->engine->user_mode &&
-        now - s->swept_ns <= (moved ? FULL_SWEEP_NS : REST_SWEEP_NS))
-        return false;
-    s->resident_swept = resident;
-    return true;
+    return changed || s->sweep_soon || s->engine->user_mode || now - s->swept_ns > FULL_SWEEP_NS;
 }
 
 // How many pages may go unregistered for now. A mapping that was touched before it was registered has an anon_vma of

@@ -320,8 +320,12 @@ static bool look_at_spaces(struct edm_engine *g) {
         }
         s->unwatched = s->unwatched && uffd_watch(s);
         order_settle(g, s);
-        hints_look(g, s);
+        uint32_t given = hints_given(s);
+        hints_look(g, s, given, false);
+        s->refs++;  // a sweep may find it gone
         changed |= s->ready && space_sweep(s);
+        hints_look(g, s, given, s->ready);
+        space_unref(s);
     }
     pthread_mutex_unlock(&g->mu);
     return changed;

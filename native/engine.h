@@ -514,7 +514,9 @@ void budget_set(struct edm_engine *g);
 void pages_excluded(int pid, struct ranges *out);
 
 // ---- hints.c: madvise(2) of the programs
-void hints_look(struct edm_engine *g, struct space *s);
+uint32_t hints_given(const struct space *s);
+// Follow those given before that number was read; swept: since then the space was looked at.
+void hints_look(struct edm_engine *g, struct space *s, uint32_t given, bool swept);
 void hints_forget(struct space *s, uint64_t a, uint64_t b);
 void hints_fork(const struct space *parent, struct space *child);
 

@@ -174,7 +174,7 @@ int space_read(struct edm_engine *g, struct space *s, int worker) {
     }
     memcpy(m, s->state->event, (size_t)n * sizeof *m);
     s->refs++;
-    hints_look(g, s);
+    hints_look(g, s, hints_given(s), false);
     int events = 0;
     for (int i = 0; i < n; i++)
         events += space_event(s, &m[i]);

@@ -48,7 +48,13 @@ static void hint_follow(struct edm_engine *g, struct space *s, uint64_t a, uint6
     g->count.hints++;
 }
 
-static void hints_read(struct edm_engine *g, struct space *s, uint32_t next) {
+// What leaves may not be captured yet: there is nothing of it to make cold before a sweep.
+static bool before_its_sweep(struct space *s, uint64_t a, uint64_t b, int advice) {
+    uint64_t e;
+    return (advice == MADV_COLD || advice == MADV_PAGEOUT) && ranges_gap(&s->known, &a, b, &e);
+}
+
+static void hints_read(struct edm_engine *g, struct space *s, uint32_t next, bool swept) {
     if (next - s->hints_seen > EDM_HINTS)
         s->hints_seen = next - EDM_HINTS;  // written over
     for (; s->hints_seen != next; s->hints_seen++) {
@@ -57,8 +63,13 @@ static void hints_read(struct edm_engine *g, struct space *s, uint32_t next) {
             continue;  // being written, or over
         struct edm_hint h = *from;
         uint64_t a = h.address >> PAGE_SHIFT, n = (h.bytes >> PAGE_SHIFT) + (h.bytes % PAGE_SIZE_ != 0);
-        if (a < LSPT_MAX_PAGE && n <= LSPT_MAX_PAGE - a)
-            hint_follow(g, s, a, a + n, h.advice);
+        if (a >= LSPT_MAX_PAGE || n > LSPT_MAX_PAGE - a)
+            continue;
+        if (!swept && before_its_sweep(s, a, a + n, h.advice)) {
+            s->sweep_soon = true;
+            return;
+        }
+        hint_follow(g, s, a, a + n, h.advice);
     }
 }
 
@@ -89,12 +100,15 @@ static void bring(struct edm_engine *g, struct space *s) {
         engine_kick(g);
 }
 
-void hints_look(struct edm_engine *g, struct space *s) {
+uint32_t hints_given(const struct space *s) {
+    return s->ctl ? __atomic_load_n(&s->ctl->hint_next, __ATOMIC_ACQUIRE) : 0;
+}
+
+void hints_look(struct edm_engine *g, struct space *s, uint32_t given, bool swept) {
     if (!s->ctl || s->applying || s->dead)
         return;
-    uint32_t next = __atomic_load_n(&s->ctl->hint_next, __ATOMIC_ACQUIRE);
-    if (next != s->hints_seen)
-        hints_read(g, s, next);
+    if (given != s->hints_seen)
+        hints_read(g, s, given, swept);
     if (s->needed.b)
         bring(g, s);
 }

@@ -58,9 +58,7 @@ class Config:
     )
     low: int | None = _setting(None, values.threshold, "evict down to this", "THRESHOLD")
     write_back: int = _setting(16 << 20, values.size, "buffer of pages evicted and not yet acknowledged", "SIZE")
-    sweep_ms: float = _setting(
-        5.0, values.sweep_ms, "look for the app's new memory this often; a quarter as often far from the budget", "MS"
-    )
+    sweep_ms: float = _setting(5.0, values.sweep_ms, "look for the app's new memory at least this often", "MS")
     fault_threads: int = _setting(1, values.count, "threads that answer page faults", "N")
     spin_us: int = _setting(
         50, values.spin_us, "how long a fault thread looks for the next fault before it sleeps", "MICROSECONDS"

@@ -14,7 +14,7 @@ import numpy as np
 
 from edm._native import ffi, lib
 from edm.errors import NativeError
-from edm.idle_cpus import IdleWay, idle_cpus
+from edm.idle_cpus import idle_cpus
 from edm.types import PAGE_BYTES, PAGE_REF
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class Engine:
                 "ask": settings.ask,
                 "user_mode": user_mode,
                 "record_pfn": settings.record_pfn,
-                # Where no CPU sleeps, none is dear to wake, and the kernel may place both.
-                "follow": not settings.cpus and idle.way != IdleWay.AWAKE,
+                "follow": not settings.cpus,
                 "idle": idle.way,
                 "idle_us": idle.latency_us,
             },

@@ -44,7 +44,8 @@ struct edm_engine_config {
     uint8_t ask;               /* ask the DMS for pages known to be new as well */
     uint8_t user_mode;         /* take programs with UFFD_USER_MODE_ONLY where there is nothing better */
     uint8_t record_pfn;        /* note each resident page's frame number when it arrives, not when it is asked for */
-    uint8_t follow;            /* fault workers move to the CPU of the thread that faults: waking across CPUs is dear */
+    uint8_t follow;            /* fault workers move to the CPU of the thread that faults: waking across CPUs is dear
+                                  (EDM_IDLE_AWAKE: while others want all CPUs) */
     uint8_t idle;              /* enum edm_idle: of CPUs that are idle while faults follow each other closely */
     uint32_t idle_us;          /* EDM_IDLE_AWAKE: how long they may take to wake, in microseconds */
 };

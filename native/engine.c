@@ -90,6 +90,7 @@ struct edm_engine *engine_alloc(const struct edm_engine_config *config) {
     g->former[0] = g->former[1] = -1;
     g->epoll = g->kick = g->listen_fd = g->dev_fd = g->state_fd = g->idle_fd = g->latency_fd = -1;
     g->home = g->lpet_cpu = g->out_cpu = -1;
+    sched_getaffinity(0, sizeof g->cpus, &g->cpus);
     return g;
 }
 

@@ -212,7 +212,8 @@ struct space {
     bool applying;         // events have been read and not yet applied: nothing else may touch the table
     pthread_cond_t idle;   // batch_busy, draining or applying fell, or the space died
     // uffd
-    int sidecar_cpu;  // where it was put; -1: nowhere in particular
+    int sidecar_cpu;         // where it was put; -1: nowhere in particular
+    cpu_set_t sidecar_cpus;  // where it may run, before it was
     int uffd, ctl_fd, pid, pidfd, sidecar_pid, sidecar_fd, pagemap_fd, statm_fd;
     uint32_t generation;  // address-space events read so far
     uint32_t request;     // sidecar requests so far
@@ -370,6 +371,8 @@ struct edm_engine {
     struct move_batch *batch;  // the LPET's
     uint8_t *zeros;            // MAX_FETCH pages, to fill new ones with
     _Atomic int home;          // CPU where the engine's threads are to run; -1: anywhere
+    cpu_set_t cpus;            // where this process may run
+    _Atomic uint64_t crowded_until, crowded_over, crowded_ns;  // others want all CPUs: until when, since when no more
     int lpet_cpu, out_cpu;
     struct seat {
         struct edm_engine *engine;
@@ -456,8 +459,11 @@ bool staged_lost(struct edm_engine *g, struct space *s, uint64_t page, struct ls
 bool fetch_ask(struct edm_engine *g, struct worker *w, struct space *s, uint64_t page, struct lspt_entry *e,
                uint32_t flags, bool protect);
 void fetch_cancel(struct edm_engine *g, uint32_t slot);
+// The calling thread, or a sidecar, goes where the engine's threads are to be; `cpu` is where it was put.
 void thread_home(struct edm_engine *g, int *cpu);
 void sidecar_home(struct space *s);
+bool cpus_crowded(const struct edm_engine *g);
+void cpus_found_crowded(struct edm_engine *g);
 void worker_follow(struct edm_engine *g, int worker, int tid);
 void worker_forget_thread(struct worker *w);
 

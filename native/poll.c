@@ -15,6 +15,7 @@
 #define YIELD_EVERY 4
 #define CROWDED_NS 10000  // an offer of the CPU that takes so long let somebody else run
 #define CROWDED_WAITS 64  // … and up to so many waits sleep at once
+#define CROWDED_ROW 3     // two in a row: all CPUs are wanted
 
 static bool live(const struct edm_engine *g, const struct space *s) {
     for (uint32_t k = 0; k < g->nspaces; k++)
@@ -45,6 +46,7 @@ static int spin(struct edm_engine *g, struct worker *w, struct epoll_event *ev, 
         w->crowded--;
         return 0;
     }
+    bool elsewhere = g->cfg.idle == EDM_IDLE_AWAKE && !cpus_crowded(g);
     for (uint32_t tries = 0; now < end && !atomic_load(&g->stop);) {
         int n = epoll_wait(g->epoll, ev, max, 0);
         if (n > 0) {
@@ -52,15 +54,17 @@ static int spin(struct edm_engine *g, struct worker *w, struct epoll_event *ev, 
             return n;
         }
         // Where no CPU sleeps, the program is on another than this one.
-        for (int i = 0; i < PAUSES && g->cfg.idle == EDM_IDLE_AWAKE; i++)
+        for (int i = 0; i < PAUSES && elsewhere; i++)
             __builtin_ia32_pause();
         uint64_t then = now;
-        if (g->cfg.idle != EDM_IDLE_AWAKE || ++tries % YIELD_EVERY == 0)
+        if (!elsewhere || ++tries % YIELD_EVERY == 0)
             sched_yield();
         now = now_ns();
         if (now - then > CROWDED_NS) {
             w->crowd = w->crowd < CROWDED_WAITS / 2 ? w->crowd * 2 + 1 : CROWDED_WAITS;
             w->crowded = w->crowd;
+            if (elsewhere && w->crowd >= CROWDED_ROW)
+                cpus_found_crowded(g);
             return 0;
         }
     }

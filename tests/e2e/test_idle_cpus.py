@@ -3,6 +3,8 @@
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -104,3 +106,41 @@ def test_no_cpu_is_kept_awake_where_that_is_not_wanted(edm, program):
     assert before is None or latency_us() >= before
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
+
+
+def confined(handler):
+    """Whether a fault thread may run on fewer CPUs than there are."""
+    tasks = Path(f"/proc/{handler}/task").iterdir()
+    fault_threads = [int(task.name) for task in tasks if (task / "comm").read_text() == "edm: dm-handler\n"]
+    return any(len(os.sched_getaffinity(task)) < len(os.sched_getaffinity(0)) for task in fault_threads)
+
+
+def idle_share():
+    """Of the time of all CPUs over 0.3 s. Source: proc_stat(5)."""
+
+    def ticks():
+        every = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(every), every[3] + every[4]
+
+    before = ticks()
+    time.sleep(0.3)
+    total, idle = (after - then for after, then in zip(ticks(), before, strict=True))
+    return idle / total
+
+
+@pytest.mark.skipif(not may_ask(), reason="no right to write to /dev/cpu_dma_latency")
+def test_fault_threads_follow_the_program_only_while_others_want_all_cpus(edm, program):
+    if idle_share() < 0.4:
+        pytest.skip("somebody else keeps this machine busy")
+    process, handler = started(edm, program, "--idle-cpus", "awake")
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
+    try:
+        until(lambda: confined(handler), "the fault thread waits for a turn on another CPU")
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    until(lambda: not confined(handler), "the fault thread stays where it was put")
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert edm.left_behind() == ({}, [])

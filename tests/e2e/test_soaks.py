@@ -1,7 +1,8 @@
 """For half an hour each: random deaths with a budget a few pages above the smallest, and churn with one of two pages.
 
-`make soak` goes round for EDM_SOAK_S seconds (1800), over the transports and stores in turn; the quick form of the
-churn is one round. The program stamps each page with its writer, its number and its version, and looks at every page
+`make soak` goes round for EDM_SOAK_S seconds (1800), over the transports and stores in turn, from a way on that
+EDM_SOAK_SEED chooses: seeds that follow each other are the pieces of a longer soak. The quick form of the churn is one
+round. The program stamps each page with its writer, its number and its version, and looks at every page
 before it writes there: a wrong or lost one ends it.
 """
 
@@ -109,8 +110,8 @@ def one_run(edm, program, ops, way, options, killer=None):
 
 def rounds(make_edm, tmp_path_factory, seconds):
     """A fresh runner and a way for each round, until the time is over: one at least."""
-    end = time.monotonic() + seconds
-    for number, way in enumerate(itertools.cycle(WAYS)):
+    end, first = time.monotonic() + seconds, SEED % len(WAYS) if seconds else 0
+    for number, way in enumerate(itertools.cycle(WAYS[first:] + WAYS[:first])):
         edm = make_edm(tmp_path_factory.mktemp("round"))
         try:
             yield edm, number, way

@@ -319,13 +319,17 @@ def run(run_dir: Path) -> int:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)  # a terminal's keys are for the program
     launcher = Launcher(run_dir / "control.sock")
+    takes_over = served = False
     try:
         config = Config.read(run_dir / "config.json")
         give_up_privileges(config)
         launcher.listen()
         launcher.say("started")
         faultpoints.arm("dm-handler")
-        handler = DmHandler(config, run_dir, launcher, inherited(run_dir))
+        inheritance = inherited(run_dir)
+        takes_over = inheritance is not None
+        handler = DmHandler(config, run_dir, launcher, inheritance)
+        served = True
         launcher.say("ready", instances=handler.instances, environment=handler.source.prepare({}))
         handler.serve()
         counters = handler.close()
@@ -337,7 +341,8 @@ def run(run_dir: Path) -> int:
         launcher.say(
             "error", message=str(error), lost=isinstance(error, PeerLost), mistake=isinstance(error, UsageError)
         )
-        return _leave(launcher)
+        # While it takes over it ends at once, as if it had been killed: another is started.
+        return _leave(launcher) if served or not takes_over else 1
     except Exception as error:
         log.exception("the DM-Handler failed")
         # As if it had been killed here: another takes over.

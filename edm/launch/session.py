@@ -87,6 +87,7 @@ class Session:
         self._question: str | None = None
         self._failure: str | None = None
         self._mistake = False
+        self._why = ""  # what was started again could not be, as it has said itself
         self.counters: dict[str, int] = {}
         self.uncaptured: dict[str, int] = {}
         self._captured_now: tuple[list[int], float] | None = None
@@ -211,6 +212,9 @@ class Session:
             self._gone("dms", self._alive["dms"][0])  # another comes, and another DM-Handler with it
         elif details.get("internal") and self._ready_once and self._plan is not None:
             self._warn_each(message)  # its end comes next, and is like any other
+        elif self._revival.under_way and not details.get("mistake"):
+            self._warn_each(message)
+            self._why = message  # its end comes next, and it is tried again, since this may pass
         elif self._revival.under_way and self._waits:
             self._leave_waiting(message)
         else:
@@ -223,6 +227,7 @@ class Session:
         self._additions = details.get("environment", self._additions)
         self._revival.instances = details.get("instances", self._revival.instances)
         if not self._waiting_for and self._revival.done():
+            self._why = ""
             self._warn_each(f"the {TITLES[role]} is there again; the program goes on")
             self._answer_adopters("served")
         if self._question and role == "dm-handler":
@@ -320,7 +325,7 @@ class Session:
             if self._revival.bereaved():
                 continue  # perhaps its last word, which names another holder, is on its way
             if self._revival.started.get(number) is process and not self._revival.again():
-                self._give_up(f"what died could not be started again: {self._log_tail()}")
+                self._give_up(f"what died could not be started again: {self._why or self._log_tail()}")
                 return
             for role in roles & set(self._alive):
                 os.close(self._alive.pop(role)[1])

@@ -1,5 +1,6 @@
 """`edm adopt`: what is not started again by itself is waited for, and started by hand."""
 
+import contextlib
 import json
 import os
 import signal
@@ -118,7 +119,8 @@ def test_with_its_holder_dead_nothing_can_be_taken_over(edm, waiting):
     if running_still(pid):  # its sidecar ends it within a second or two
         assert ran.status == 1
         assert ran.err == f"edm: the holder of process {pid} has died too: nothing has its pages any more\n"
-    os.kill(pid, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):  # it may have been ended already
+        os.kill(pid, signal.SIGCONT)
     until(lambda: not running_still(pid), 10)
     assert process.communicate(timeout=20)[0] == b""
 

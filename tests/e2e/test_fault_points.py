@@ -65,9 +65,8 @@ MAY_STOP = {
     ("batch_summed", "corrupt"): "is lost: checksum",
     ("rescue_begun", "corrupt"): "is lost: checksum",
     ("pages_screened", "corrupt"): "is lost",
-    ("adopt_taken", "fail"): "Too many open files",
 }
-"""Where the only copy of a page is gone, or a uffd, and what is said then: a program that needs it is stopped."""
+"""Where the only copy of a page is gone, and what is said then: a program that needs it is stopped."""
 QUICK_ACTIONS = {("fork_watched", "fail"), ("rescue_begun", "corrupt"), ("fetch_answered", "corrupt")}
 ACTIONS = [
     pytest.param(name, action, marks=[] if (name, action) in QUICK_ACTIONS else pytest.mark.soak, id=f"{name}-{action}")

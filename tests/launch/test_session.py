@@ -22,14 +22,17 @@ number = len(starts.read_text()) if starts.exists() else 0
 starts.write_text("x" * (number + 1))
 line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 line.connect(control)
-def say(event, pid):
-    line.sendall(json.dumps({"role": "dms", "event": event, "pid": pid}).encode() + b"\\n")
-if number == 1:
+def say(event, pid, **details):
+    line.sendall(json.dumps({"role": "dms", "event": event, "pid": pid, **details}).encode() + b"\\n")
+if number == 0 or number > int(sys.argv[3]):
+    say("ready", os.getpid())
+elif sys.argv[4] == "fails":
+    say("error", os.getpid(), message="no room")
+    sys.exit(1)
+else:
     gone = Popen(["true"])
     gone.wait()
     say("started", gone.pid)  # as a rank of a job that does not end with it
-else:
-    say("ready", os.getpid())
 time.sleep(60)
 """
 
@@ -51,18 +54,40 @@ def holder():
         process.kill()
 
 
-def test_who_was_gone_before_anybody_looked_is_started_again(session, holder, tmp_path, monkeypatch):
+@pytest.fixture
+def after_a_death(session, holder, tmp_path):
+    """Kill a memory server of which `number` are to `fail` when they are started again; how often one was started."""
+
+    def run(number, how):
+        starts = tmp_path / "starts"
+        arguments = (str(tmp_path / "control.sock"), str(starts), str(number), how, "edm.dms.process")
+        session.start(LaunchPlan(commands=((sys.executable, "-c", MEMORY_SERVER, *arguments),)))
+        session._revival.held(holder, -1)
+        os.kill(session._alive["dms"][0], signal.SIGKILL)
+        while not session._revival.under_way:
+            session._take_events(0.05)
+        session._wait_revived()
+        return len(starts.read_text())
+
+    return run
+
+
+def test_who_was_gone_before_anybody_looked_is_started_again(session, after_a_death, monkeypatch):
     """It was waited for until the minute in which everybody must be ready was over, and the program was ended."""
     monkeypatch.setattr(revival, "REST_S", 0.1)
     monkeypatch.setattr(revival, "READY_S", 30.0)
-    starts = tmp_path / "starts"
-    command = (sys.executable, "-c", MEMORY_SERVER, str(tmp_path / "control.sock"), str(starts), "edm.dms.process")
-    session.start(LaunchPlan(commands=(command,)))
-    session._revival.held(holder, -1)
-    os.kill(session._alive["dms"][0], signal.SIGKILL)
-    while not session._revival.under_way:
-        session._take_events(0.05)
-    session._wait_revived()
+    assert after_a_death(1, "dies") == 3
     assert session._failure is None
-    assert starts.read_text() == "xxx"
     assert session.warnings[-1] == "the memory server is there again; the program goes on"
+
+
+def test_who_cannot_start_again_is_tried_again(session, after_a_death):
+    """What it lacks, descriptors or memory, may be there a moment later."""
+    assert after_a_death(2, "fails") == 4
+    assert session._failure is None
+    assert session.warnings[1:] == ["no room", "no room", "the memory server is there again; the program goes on"]
+
+
+def test_who_cannot_start_again_is_not_tried_for_ever(session, after_a_death):
+    assert after_a_death(1000, "fails") == 1 + Config().restarts
+    assert session._failure == "what died could not be started again: no room"

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import test_deaths
 from watching import wait_for
 
 from edm.config.machine import MemoryLimit
@@ -86,3 +88,28 @@ def test_a_budget_above_the_cgroups_limit_is_warned_of_in_one_line(inside, cgrou
         f"edm: warning: local memory of 1G is more than the 384M that this cgroup allows ({cgroup}): "
         "the kernel may end the program; '--local-memory auto' takes 192M\n"
     )
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("transport", ["inproc", "zmq"])
+def test_a_dm_handler_that_the_kernel_ends_for_want_of_memory_is_replaced(edm, cgroup, program, transport):
+    command = (program("working_set"), 64, 4)
+    process = edm.start("run", "--transport", transport, "--local-memory", "8M", "--", *command)
+    handler, working, _ = test_deaths.wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
+    os.kill(working, signal.SIGSTOP)
+    cgroup.write_text(str(256 << 10))
+    (cgroup.parent / "cgroup.procs").write_text(str(handler))
+    os.kill(working, signal.SIGCONT)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out) == (0, test_deaths.expected(command)), err
+    assert b"the DM-Handler has died; starting another" in err
+    assert killed_for_memory(cgroup.parent) == 1
+    assert edm.left_behind() == ({}, [])
+
+
+def killed_for_memory(group):
+    """How many processes of a group the kernel has killed. Source: cgroup-v2.rst, memory.events; v1's oom_control."""
+    for name in ("memory.events", "memory.oom_control"):
+        if (group / name).exists():
+            return int(dict(line.split() for line in (group / name).read_text().splitlines())["oom_kill"])
+    return 0

@@ -1,5 +1,6 @@
 """One of a run's processes is killed: the program goes on with the right bytes, or is ended; it never reads others."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edm._native import lib
+from edm.launch.session import READY_S
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
@@ -121,6 +123,40 @@ def test_after_a_death_the_program_goes_on(edm, running, transport, victim):
     assert out == expected(command)
     assert b" has died; starting another" in err
     assert b"is there again; the program goes on" in err
+    assert edm.left_behind() == ({}, [])
+
+
+def ranks(root):
+    """Pid of each rank of an MPI job below `root` that has not taken its title yet, by its module."""
+    found = {}
+    for pid in descendants(root):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if words[1:2] == ["-m"]:
+            found[words[2]] = pid
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.mpi
+@pytest.mark.parametrize("which", [{"edm.dms.process", "edm.handler.process"}, {"edm.dms.process"}])
+def test_ranks_that_die_before_they_have_said_a_word_are_started_again(edm, running, which):
+    process, command = running("mpi", megabytes=8, rounds=40)
+    handler, working, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
+    kill_while_at_work(handler, working)
+    end = time.monotonic() + 40
+    while not which <= (started := ranks(process.pid)).keys() and time.monotonic() < end:
+        """They are young for a tenth of a second at least: they import."""
+    for name in which:
+        with contextlib.suppress(ProcessLookupError):  # its job has ended it, as the other was dead
+            os.kill(started[name], signal.SIGKILL)
+    since = time.monotonic()
+    assert any(b"is there again; the program goes on" in line for line in process.stderr)
+    assert time.monotonic() - since < READY_S  # so long those are waited for that do not come
+    out, err = process.communicate(timeout=80)
+    assert (process.returncode, out) == (0, expected(command)), err
     assert edm.left_behind() == ({}, [])
 
 

@@ -106,9 +106,11 @@ def test_a_slow_store_slows_the_program_down_and_fills_no_memory(edm, program, t
 @pytest.mark.parametrize(
     ("transport", "says"),
     [
-        ("zmq", b"the DM-Handler has died; starting another"),
-        ("inproc", b"the memory server cannot store pages (Unable to allocate"),
+        ("zmq", rb"the DM-Handler has died; starting another"),
+        # Who gets none first, there: the server that is in it, or the rest.
+        ("inproc", rb"the memory server cannot store pages \(Unable to allocate|the DM-Handler has died; starting another"),
     ],
+    ids=["zmq", "inproc"],
 )
 def test_a_dm_handler_without_memory_is_replaced_or_waits(edm, program, transport, says):
     command = (program("working_set"), 64, 2)
@@ -119,7 +121,7 @@ def test_a_dm_handler_without_memory_is_replaced_or_waits(edm, program, transpor
     os.kill(working, signal.SIGCONT)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (0, expected(command)), err
-    assert says in err
+    assert re.search(says, err)
     assert edm.left_behind() == ({}, [])
 
 

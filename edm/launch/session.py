@@ -193,7 +193,7 @@ class Session:
             case "pids":
                 self._pids = details["pids"]
             case "error":
-                self._take_error(str(details["message"]), details)
+                self._take_error(event.role, str(details["message"]), details)
             case "adopt":
                 self._adopt(event.role)
             case "gone":
@@ -207,14 +207,14 @@ class Session:
         if details.get("error"):
             self._warn(f"internal: {details['error']}")
 
-    def _take_error(self, message: str, details: Mapping[str, Any]) -> None:
+    def _take_error(self, role: str, message: str, details: Mapping[str, Any]) -> None:
         if details.get("lost") and self._plan is not None and "dms" in self._alive:
             self._gone("dms", self._alive["dms"][0])  # another comes, and another DM-Handler with it
         elif details.get("internal") and self._ready_once and self._plan is not None:
             self._warn_each(message)  # its end comes next, and is like any other
-        elif self._revival.under_way and not details.get("mistake"):
+        elif self._revival.under_way and role in self._waiting_for and not details.get("mistake"):
             self._warn_each(message)
-            self._why = message  # its end comes next, and it is tried again, since this may pass
+            self._why = message  # its end comes next, and it is tried again: this may pass
         elif self._revival.under_way and self._waits:
             self._leave_waiting(message)
         else:

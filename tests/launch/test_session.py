@@ -10,6 +10,7 @@ import pytest
 
 from edm.config import Config
 from edm.launch import revival
+from edm.launch.control import Event
 from edm.launch.rundir import RunDir
 from edm.launch.session import PR_SET_CHILD_SUBREAPER, Session
 from edm.types import LaunchPlan
@@ -91,3 +92,14 @@ def test_who_cannot_start_again_is_tried_again(session, after_a_death):
 def test_who_cannot_start_again_is_not_tried_for_ever(session, after_a_death):
     assert after_a_death(1000, "fails") == 1 + Config().restarts
     assert session._failure == "what died could not be started again: no room"
+
+
+def test_who_serves_still_ends_the_run_while_another_is_started_again(session, holder, tmp_path):
+    """As `--on-loss kill` does while the memory server is not there."""
+    arguments = (str(tmp_path / "control.sock"), str(tmp_path / "starts"), "0", "", "edm.dms.process")
+    session.start(LaunchPlan(commands=((sys.executable, "-c", MEMORY_SERVER, *arguments),)))
+    session._revival.held(holder, -1)
+    assert session._revival.begin(with_handler=False)
+    session._waiting_for.add("dms")
+    session._take(Event("dm-handler", "error", {"message": "enough"}))
+    assert session._failure == "enough"

@@ -587,8 +587,7 @@ size_t edm_spt_check(const struct edm_page_ref *refs, const void *pages, size_t 
 int64_t edm_spt_screen(const struct edm_page_ref *refs, const void *pages, size_t n, uint64_t instance,
                        const uint8_t *found, const uint64_t *versions, const uint32_t *checksums, uint8_t *verdicts);
 
-/* ---- stores: an LMDB file, looked at without LMDB (native/lmdb_check.c) -------------------------------------------
- */
+/* ---- stores: an LMDB file, looked at without LMDB (native/lmdb_*.c) ------------------------------------------- */
 
 #define EDM_LMDB_BAD_MOST 16
 #define EDM_LMDB_TABLES_MOST 8
@@ -621,11 +620,10 @@ int edm_lmdb_check(int file, int lost_power, int deep, struct edm_lmdb_report *r
 /* After a commit: write down what the meta pages hold, so that a flipped bit there is found. 0 or -errno. */
 int edm_lmdb_guard(int file);
 
-/* Whether a large value, found by LMDB, stands behind the header that it should: deleting it frees as many pages as
-   that says. bytes: the value's length; map: where LMDB's file is mapped. */
-int edm_lmdb_value_sound(const void *value, size_t bytes, uintptr_t map, size_t map_bytes);
-/* Whether all of n are. */
-int edm_lmdb_values_sound(const void *const *values, const size_t *bytes, size_t n, uintptr_t map, size_t map_bytes);
+/* The first of n keys of a table of large values whose value, if there is one, does not stand behind the header that it
+   should; n if all do. Deleting a value, or writing over it, frees as many pages as its header says. map: where LMDB has
+   its file mapped. */
+size_t edm_lmdb_unsound(const char *table, const uint64_t *keys, size_t n, uintptr_t map, size_t map_bytes);
 
 /* The SPT's rows in LMDB (native/lmdb_rows.c): a key of two words and a row of four for each of n pages. The sum,
    modulo 2^64, of the rows' checksums. */

@@ -29,6 +29,7 @@ import attrs
 import lmdb
 
 from edm._native import ffi, lib
+from edm.dms.table import words_at
 from edm.errors import Corrupt, StoreError, StoreFull, StoreLocked
 from edm.plugins.store_lmdb.checking import check, examine
 from edm.stores.directory import FULL, StoreDirectory, saying
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edm.stores.damage import Damage
+    from edm.types import Slots
 
 log = logging.getLogger(__name__)
 
@@ -216,14 +218,14 @@ class Environment:
             "limit_bytes": 0 if self._limit_bytes == _LARGEST_BYTES else self._limit_bytes,
         }
 
-    def value_is_sound(self, value: memoryview) -> bool:
-        """Whether a large value, got in a transaction that writes, may be deleted."""
-        return bool(lib.edm_lmdb_value_sound(ffi.from_buffer(value), len(value), *self._map))
-
-    def values_are_sound(self, values: list[memoryview]) -> bool:
-        """Whether all of these may be."""
-        pointers, lengths = list(map(ffi.from_buffer, values)), list(map(len, values))
-        return bool(lib.edm_lmdb_values_sound(pointers, lengths, len(values), *self._map))
+    def unsound(self, table: Table, keys: Slots) -> int:
+        """The first of some keys whose large value may not be deleted; how many keys there are, if all may be."""
+        self._live()
+        lib.edm_crash_guard_enter(self._crash_line)
+        try:
+            return int(lib.edm_lmdb_unsound(table.name.encode(), words_at(keys), len(keys), *self._map))
+        finally:
+            lib.edm_crash_guard_leave()
 
     def verify(self) -> list[Damage]:
         """Look at every page of every tree, and at the head of every large value; what is damaged."""

@@ -4,7 +4,10 @@ Place on the path: step [7], and the end of an eviction.
 
 LMDB keeps a large value on pages of its own, behind 16 bytes of header: a value of 4096 bytes would take two. So a page
 is a value of 4080 bytes, which takes exactly one, and its last 16 bytes stand with its checksum in a second table,
-about a hundred to a page. Slots count upwards and are never given twice.
+about a hundred to a page.
+
+A freed slot keeps its rows until they are written over by a later put, which is half the work of deleting them and
+adding others. LMDB writes nothing in place: what a death or a loss of power undoes is there as before.
 """
 
 from __future__ import annotations
@@ -12,10 +15,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import struct
-from functools import partial
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-import lmdb
 import numpy as np
 
 from edm.dms.table import page_checksums
@@ -33,7 +35,8 @@ _HEAD_BYTES: Final = 4080
 _TAIL_BYTES: Final = PAGE_BYTES - _HEAD_BYTES
 _TAIL_ROW: Final = np.dtype([("tail", f"V{_TAIL_BYTES}"), ("checksum", "<u4"), ("reserved", "<u4")])
 _KEY: Final = struct.Struct("=Q")
-_FREE_AT_ONCE: Final = 4096
+_MOST_FREE: Final = 16384
+"""Freed slots that are kept to be written over: as many as a group of pages; the rows of more are deleted."""
 _VALUE_BYTES: Final = {"heads": _HEAD_BYTES, "tails": _TAIL_ROW.itemsize}
 
 
@@ -42,9 +45,9 @@ class LmdbPages:
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
-        self._to_free: list[bytes] = []
-        # Of puts said to have failed, which may be there all the same once the environment is opened anew.
-        self._in_doubt: list[bytes] = []
+        # Oldest first. Of puts said to have failed, too: once the environment is opened anew, they may be there or not.
+        self._free: deque[Slots] = deque()
+        self._free_count = 0
         self._closed = False
         try:
             self._heads = environment.table("heads", integer_key=True)
@@ -59,46 +62,66 @@ class LmdbPages:
     def put(self, pages: memoryview, checksums: Any) -> Slots:
         """See `PageStore`."""
         rows = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)
-        slots = np.arange(self._next_slot, self._next_slot + len(rows), dtype=np.uint64)
         tails = np.zeros(len(rows), _TAIL_ROW)
         tails["tail"] = np.ascontiguousarray(rows[:, _HEAD_BYTES:]).view(f"V{_TAIL_BYTES}")[:, 0]
         tails["checksum"] = checksums
-        keys = bytes_of(slots)
         heads = [pages[at : at + _HEAD_BYTES] for at in range(0, len(pages), PAGE_BYTES)]
-        packed = bytes_of(tails)
-
-        def work(transaction: Any) -> int:
-            self._delete(transaction)
-            self._append(transaction, self._heads, zip(keys, heads, strict=True))
-            self._append(transaction, self._tails, zip(keys, packed, strict=True))
-            return self._count(transaction)
-
-        self._vet()
         try:
-            try:
-                pages_now = self._environment.write(work, may_fill=True)
-            except StoreFull:
-                if not self._to_free:
-                    raise
-                self._delete_now()
-                self._environment.turn()
-                pages_now = self._environment.write(work, may_fill=True)
+            return self._put(heads, bytes_of(tails))
+        except StoreFull:
+            if not self._free:
+                raise
+            self._delete_now()
+            self._environment.turn()
+            return self._put(heads, bytes_of(tails))
+
+    def _put(self, heads: list[memoryview], tails: list[bytes]) -> Slots:
+        slots, all_new = self._take(len(heads))
+        keys = bytes_of(slots)
+
+        def work(transaction: Any) -> None:
+            for table, values in ((self._heads, heads), (self._tails, tails)):
+                with transaction.cursor(table.handle) as cursor:
+                    cursor.putmulti(zip(keys, values, strict=True), append=all_new)
+
+        try:
+            self._environment.write(work, may_fill=True)
         except StoreError:
-            self._in_doubt += keys
-            self._next_slot += len(rows)
+            self._give_back(slots)
             raise
-        self._deleted()
-        self._next_slot += len(rows)
-        self._pages = pages_now
+        self._pages += len(slots)
         return slots
 
-    def _count(self, transaction: Any) -> int:
-        return int(transaction.stat(self._heads.handle)["entries"])
+    def _take(self, count: int) -> tuple[Slots, bool]:
+        """Slots to write, freed ones first; and whether all are new."""
+        parts: list[Slots] = []
+        try:
+            while count and self._free:
+                oldest = self._free[0]
+                sound = self._sound(oldest[:count])
+                self._forget(len(oldest[:count]))
+                parts.append(sound)
+                count -= len(sound)
+        except StoreError:
+            for part in parts:
+                self._give_back(part)
+            raise
+        if not count:
+            return (parts[0] if len(parts) == 1 else np.concatenate(parts)), False
+        new = np.arange(self._next_slot, self._next_slot + count, dtype=np.uint64)
+        self._next_slot += count
+        return np.concatenate([*parts, new]), not parts
 
-    @staticmethod
-    def _append(transaction: Any, table: Any, items: Any) -> None:
-        with transaction.cursor(table.handle) as cursor:
-            cursor.putmulti(items, append=True)
+    def _forget(self, count: int) -> None:
+        """Take as many freed slots off the list, which may not be longer than its oldest part."""
+        oldest = self._free.popleft()
+        if len(oldest) > count:
+            self._free.appendleft(oldest[count:])
+        self._free_count -= count
+
+    def _give_back(self, slots: Slots) -> None:
+        self._free.append(slots)
+        self._free_count += len(slots)
 
     def get(self, slots: Slots, into: memoryview) -> None:
         """See `PageStore`."""
@@ -138,10 +161,14 @@ class LmdbPages:
         raise AssertionError("unreachable: asked only when one is missing")
 
     def free(self, slots: Slots) -> None:
-        """See `PageStore`; they are deleted with the next put, or once there are many."""
-        self._to_free += bytes_of(np.ascontiguousarray(slots, np.uint64))
-        if len(self._to_free) >= _FREE_AT_ONCE:
-            self._delete_now()
+        """See `PageStore`; later puts write over them, and where there are many they are deleted."""
+        if len(slots):
+            self._give_back(np.array(slots, np.uint64))
+            self._pages -= len(slots)
+        if self._free_count > _MOST_FREE:
+            # Where that fails they are kept: nobody waits for the room, or the next put says so.
+            with contextlib.suppress(StoreError):
+                self._delete_now(self._free_count - _MOST_FREE)
 
     def live(self, slots: Slots) -> None:
         """See `PageStore`."""
@@ -150,7 +177,6 @@ class LmdbPages:
             self._next_slot = max(self._next_slot, int(wanted[-1]) + 1)
         there = self._environment.read(self._all_slots)
         self.free(there[~np.isin(there, wanted)])
-        self._delete_now()
 
     def sync(self) -> None:
         """A put is a transaction, which was synced as the policy says."""
@@ -179,7 +205,7 @@ class LmdbPages:
 
     def stat(self) -> dict[str, Any]:
         """Pages, and the environment's size."""
-        return {"pages": self._pages - len(self._to_free), **self._environment.stat()}
+        return {"pages": self._pages, **self._environment.stat()}
 
     def close(self) -> None:
         """See `PageStore`."""
@@ -191,52 +217,43 @@ class LmdbPages:
         finally:
             self._environment.close("pages")
 
-    def _delete_now(self) -> None:
-        self._vet()
-        if self._to_free:
-            self._pages = int(self._environment.write(self._delete, may_fill=False))
-            self._deleted()
+    def _delete_now(self, at_least: int | None = None) -> None:
+        """Delete the rows of freed slots, of all or those first that came free first; raises `StoreError`."""
+        chosen: list[Slots] = []
+        count, wanted = 0, self._free_count if at_least is None else at_least
+        for part in self._free:
+            if count >= wanted:
+                break
+            chosen.append(part)
+            count += len(part)
+        if not chosen:
+            return
+        keys = bytes_of(self._sound(np.concatenate(chosen)))
 
-    def _deleted(self) -> None:
-        self._to_free.clear()
-        self._in_doubt.clear()
+        def work(transaction: Any) -> None:
+            # Table by table, and by position.
+            delete = transaction.delete
+            for table in (self._heads.handle, self._tails.handle):
+                for key in keys:
+                    delete(key, b"", table)
 
-    def _vet(self) -> None:
-        """Leave out of what is to be deleted whose value's header is damaged: it stays, and nobody asks for it.
+        self._environment.write(work, may_fill=False)
+        for part in chosen:
+            self._forget(len(part))
 
-        Deleting it would free as many LMDB pages as that header says, or make LMDB give the whole transaction up.
+    def _sound(self, slots: Slots) -> Slots:
+        """Leave out of freed slots those whose value's header is damaged: they stay, and nobody asks for them.
+
+        Deleting such a value would free as many LMDB pages as that header says.
         """
-        for keys in (self._to_free, self._in_doubt):
-            at = 0
-            while at < len(keys):
-                at = self._environment.read(partial(self._first_damaged, keys, at))
-                if at < len(keys):
-                    log.error("%s: slot %d is damaged and is not freed", self._environment.path, *_KEY.unpack(keys[at]))
-                    del keys[at]
+        at = 0
+        while (at := at + self._environment.unsound(self._heads, slots[at:])) < len(slots):
+            log.error("%s: slot %d is damaged and is not freed", self._environment.path, slots[at])
+            slots = np.delete(slots, at)
+        return slots
 
-    def _first_damaged(self, keys: list[bytes], start: int, transaction: Any) -> int:
-        # All at once; one that cannot be read, or is damaged, is then looked for.
-        with contextlib.suppress(lmdb.CorruptedError), transaction.cursor(self._heads.handle) as cursor:
-            values = [value for _, value in cursor.getmulti(keys[start:])]
-            if self._environment.values_are_sound(values):
-                return len(keys)
-        is_sound = self._environment.value_is_sound
-        with transaction.cursor(self._heads.handle) as cursor:
-            for at in range(start, len(keys)):
-                try:
-                    if cursor.set_key(keys[at]) and not is_sound(cursor.value()):
-                        return at
-                except lmdb.CorruptedError:
-                    return at
-        return len(keys)
-
-    def _delete(self, transaction: Any) -> int:
-        # Table by table, and by position: this is a quarter of a put.
-        delete = transaction.delete
-        for table in (self._heads.handle, self._tails.handle):
-            for key in (*self._to_free, *self._in_doubt):
-                delete(key, b"", table)
-        return self._count(transaction)
+    def _count(self, transaction: Any) -> int:
+        return int(transaction.stat(self._heads.handle)["entries"])
 
     def _last(self, transaction: Any) -> int:
         # Every slot has a row in both tables; here no row has an LMDB page of its own, which might be damaged.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edm.errors import UsageError
+from edm.errors import Corrupt, UsageError
 from edm.sizes import format_size
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ _DIRECTORY = click.argument("directory", metavar="DIR", type=click.Path(file_oka
 def _open(directory: Path, *, damaged_too: bool = False) -> OfflineStore:
     from edm.stores.offline import OfflineStore  # noqa: PLC0415
 
-    return OfflineStore(directory, damaged_too=damaged_too)
+    try:
+        return OfflineStore(directory, damaged_too=damaged_too)
+    except Corrupt as error:
+        raise Corrupt(f"{error} (see 'edm store verify {directory}')") from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,7 +82,7 @@ def verify(directory: Path, as_json: bool) -> int:
         click.echo(json.dumps({"pages": pages, "damaged": [one.as_json() for one in damaged]}, indent=2))
     elif damaged:
         bad = sum(bool(one.page) for one in damaged)
-        title = f"{bad} damaged of {pages} pages" + (_others(len(damaged) - bad))
+        title = f"{bad} damaged of {pages} pages{_others(len(damaged) - bad)}"
         rows = [[d.page, str(d.file), "" if d.offset is None else str(d.offset), d.reason] for d in damaged]
         _print_table(title, ["page", "file", "at byte", "reason"], rows)
     else:
@@ -118,8 +121,10 @@ def export(directory: Path, region: int, output: Path, as_json: bool) -> int:
     if as_json:
         figures = {"region": region, "output": str(output), "pages": pages - len(damaged)}
         click.echo(json.dumps({**figures, "damaged": [entry.as_json() for entry in damaged]}, indent=2))
-    for entry in damaged if not as_json else []:
-        click.echo(f"edm: left out page {entry.page}: {entry.reason} ({entry.file})", err=True)
+    else:
+        for entry in damaged:
+            click.echo(f"edm: left out page {entry.page}: {entry.file}: {entry.reason}", err=True)
+        click.echo(f"{pages - len(damaged)} pages in {output}; which they are is in {output}.json")
     return 1 if damaged else 0
 
 
@@ -131,7 +136,7 @@ def _region(text: str) -> int:
 
 
 def _others(places: int) -> str:
-    return f", and {places} other place{'s' * (places > 1)}" if places else ""
+    return f", and {places} other place{'s are' if places > 1 else ' is'} damaged" if places else ""
 
 
 def _figure(key: str, value: Any) -> str:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 LOCK: Final = "LOCK"
 FORMAT: Final = "FORMAT"
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_NEW: Final = "new"
 _CLEAN: Final = "clean"
 _UNKNOWN: Final = "unknown"
 _DAMAGED: Final = "damaged"
@@ -47,9 +48,10 @@ class StoreDirectory:
     """One store's own directory, locked for as long as this object is open.
 
     name, version: what FORMAT must say; figures: numbers that are fixed when the store is made, e.g. a segment's size.
-    was_clean: whoever had it open last closed it. lost_power: the machine went down while it was open, so what was not
-    synced may be gone. damage: what is damaged and can be done without. That is `LOCK`: then neither was_clean nor
-    lost_power is set, so that nothing is left out for a loss of power that may never have been.
+    is_new: no store was ever whole here, so what a store keeps need not be there yet. was_clean: whoever had it open
+    last closed it. lost_power: the machine went down while it was open, so what was not synced may be gone. damage:
+    what is damaged and can be done without. That is `LOCK`: then neither was_clean nor lost_power is set, so that
+    nothing is left out for a loss of power that may never have been.
     """
 
     def __init__(self, path: Path, name: str, version: int, figures: Mapping[str, int] | None = None) -> None:
@@ -67,15 +69,21 @@ class StoreDirectory:
             found = _read_whole(self._lock)
             made = (path / FORMAT).exists()
             if not made:
-                self._write(_CLEAN)
+                left = sorted(entry.name for entry in path.iterdir() if entry.stem not in {LOCK, FORMAT})
+                if left:
+                    raise Corrupt(f"{path / FORMAT} is missing, and {left[0]} is there")
+                self._write(_NEW)
+                # Where there is a FORMAT, LOCK says whether there was ever more.
+                os.fsync(self._lock)
             self.figures = self._check_format(name, version, figures)
-            self._state = _state_in(found) if made else _CLEAN
+            self._state = _state_in(found) if made else _NEW
             if self._state == _DAMAGED:
                 reason = "its checksum does not match: how the store was last closed is not known"
                 self.damage.append(Damage(file=path / LOCK, offset=0, reason=reason))
                 log.warning("%s: %s", path / LOCK, reason)
-            self.was_clean = made and self._state == _CLEAN
-            self.lost_power = self._state not in {_CLEAN, _DAMAGED, _UNKNOWN, _boot()}
+            self.is_new = self._state == _NEW
+            self.was_clean = self._state == _CLEAN
+            self.lost_power = self._state not in {_NEW, _CLEAN, _DAMAGED, _UNKNOWN, _boot()}
             if self._state == _DAMAGED:
                 self._state = _UNKNOWN
             # Whose it is, for whoever comes next; how it was left stays until `begin`.

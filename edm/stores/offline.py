@@ -16,6 +16,7 @@ from edm.dms.table import NO_SLOTS, PageTable, page_checksums
 from edm.errors import Corrupt, EdmError, UsageError
 from edm.registry import Registry
 from edm.stores.damage import Damage
+from edm.stores.directory import saying
 from edm.types import PAGE_BYTES, PageId, RunContext
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class OfflineStore:
         first = int(refs["index"][0]) if len(refs) else 0
         into = memoryview(bytearray(_BATCH * PAGE_BYTES))
         damaged, written = [], []
-        with output.open("wb") as file:
+        with saying(output), output.open("wb") as file:
             for at in range(0, len(refs), _BATCH):
                 part, part_slots = refs[at : at + _BATCH], slots[at : at + _BATCH]
                 bad = dict(self._bad(part, part_slots, into))
@@ -161,7 +162,9 @@ class OfflineStore:
                         written.append(index)
                 advance(len(part))
         about = {"region": region, "first_page": first, "page_bytes": PAGE_BYTES, "pages": _ranges(written)}
-        output.with_name(output.name + ".json").write_text(json.dumps(about) + "\n")
+        beside = output.with_name(output.name + ".json")
+        with saying(beside):
+            beside.write_text(json.dumps(about) + "\n")
         return damaged
 
     def _bad(self, refs: PageRefs, slots: Slots, into: memoryview) -> list[tuple[int, str]]:
@@ -185,11 +188,12 @@ class OfflineStore:
     def _entry(self, refs: PageRefs, slots: Slots, at: int, reason: str) -> Damage:
         where, offset = getattr(self.pages, "where", None), getattr(self.pages, "offset", None)
         slot = int(slots[at])
+        file = where(slot) if where else self.directory
         return Damage(
-            file=where(slot) if where else self.directory,
+            file=file,
             offset=offset(slot) if offset else None,
             page=str(PageId(int(refs["region"][at]), int(refs["index"][at]))),
-            reason=reason,
+            reason=reason.removeprefix(f"{file}: "),
         )
 
     def _regions(self) -> Iterator[tuple[PageRefs, Slots]]:
@@ -210,10 +214,14 @@ def _inspected(inspect: Any, context: RunContext, error: Corrupt) -> tuple[PageT
 
 
 def _found(directory: Path) -> Path:
-    for path in (directory, directory / "store"):
-        if any((path / half).is_dir() for half in ("spt", "pages", "lmdb")):
-            return path
-    raise UsageError(f"{directory} holds no store (no spt, pages or lmdb in it)")
+    if not directory.exists():
+        raise UsageError(f"{directory}: no such directory")
+    with saying(directory):
+        for path in (directory, directory / "store"):
+            # Not an empty one: looking must not make a store.
+            if any((path / half).is_dir() and any((path / half).iterdir()) for half in ("spt", "pages", "lmdb")):
+                return path
+    raise UsageError(f"{directory} holds no store (no spt, pages or lmdb with anything in it)")
 
 
 def _innermost(store: Any) -> Any:

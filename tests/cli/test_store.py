@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from edm.cli.store import command
 from edm.dms.server import MemoryServer
-from edm.errors import StoreLocked, UsageError
+from edm.errors import Corrupt, StoreError, StoreLocked, UsageError
 from edm.testing.pages import batch_of
 from edm.testing.stores import open_store
 from edm.types import PAGE_BYTES
@@ -58,7 +58,9 @@ def test_verify_of_a_sound_store(store):
 def test_export_writes_the_pages_and_what_they_are(store, tmp_path):
     path, pages = store
     output = tmp_path / "out.bin"
-    assert run("export", path, hex(REGION), "-o", output).return_value == 0
+    result = run("export", path, hex(REGION), "-o", output)
+    assert result.return_value == 0
+    assert f"30 pages in {output}" in result.stdout
     about = json.loads((tmp_path / "out.bin.json").read_text())
     assert about["pages"] == [[100, 10], [120, 10], [500, 10]]
     data = output.read_bytes()
@@ -107,6 +109,60 @@ def test_gc_keeps_every_page_and_gives_room_back(tmp_path):
 def test_directory_without_a_store_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="holds no store"):
         run("stat", tmp_path)
+
+
+def test_directory_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="x: no such directory"):
+        run("verify", tmp_path / "x")
+
+
+def test_looking_into_an_empty_directory_makes_no_store(tmp_path):
+    (tmp_path / "lmdb").mkdir()
+    (tmp_path / "spt").mkdir()
+    with pytest.raises(UsageError, match="holds no store"):
+        run("stat", tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "empty"),
+    [
+        ("file", "spt/*.journal", False),
+        ("file", "spt/FORMAT", False),
+        ("file", "pages/FORMAT", False),
+        ("lmdb", "lmdb/data.mdb", False),
+        ("lmdb", "lmdb/data.mdb", True),
+        ("lmdb", "lmdb/FORMAT", False),
+    ],
+)
+def test_store_without_one_of_its_files_is_damaged_and_not_empty(tmp_path, name, gone, empty):
+    server = MemoryServer(open_store("spt_store", name, tmp_path, {}), open_store("page_store", name, tmp_path, {}))
+    refs, data = batch_of(REGION, range(5), 1)
+    assert server.evict(3, refs, memoryview(data)) == ""
+    server.close()
+    (file,) = tmp_path.glob(gone)
+    kept = file.read_bytes()
+    if empty:
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    for command_name in ("stat", "list", "gc"):
+        with pytest.raises(Corrupt, match=rf"{tmp_path}.*see 'edm store verify {tmp_path}'"):
+            run(command_name, tmp_path)
+    result = run("verify", "--json", tmp_path)
+    assert result.return_value == 1
+    assert any("missing" in one["reason"] or "empty" in one["reason"] for one in json.loads(result.stdout)["damaged"])
+    # Nothing was thrown away meanwhile.
+    file.write_bytes(kept)
+    assert "5 pages, all as they were stored" in run("verify", tmp_path).stdout
+
+
+def test_export_that_cannot_be_written_is_one_line(store, tmp_path):
+    path, _ = store
+    with pytest.raises(StoreError, match="nowhere/x: No such file or directory"):
+        run("export", path, hex(REGION), "-o", tmp_path / "nowhere" / "x")
+    with pytest.raises(StoreError, match="/dev/full: No space left on device"):
+        run("export", path, hex(REGION), "-o", "/dev/full")
 
 
 def test_unknown_region_is_one_line(store, tmp_path):

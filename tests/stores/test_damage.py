@@ -159,7 +159,7 @@ def test_verify_finds_a_damaged_page_behind_a_damaged_frame(tmp_path):
     assert [one["page"] for one in figures["damaged"]] == ["", f"0x100000000:{BATCHES * EACH - 1:#x}"]
     assert figures["damaged"][1]["offset"] == FIRST + (BATCHES * EACH - 1) * PAGE_BYTES
     human = CliRunner().invoke(command, ["verify", str(tmp_path)], standalone_mode=False)
-    assert "1 damaged of 25 pages, and 1 other place" in human.stdout
+    assert "1 damaged of 25 pages, and 1 other place is damaged" in human.stdout
 
 
 @pytest.mark.parametrize("part", [60, 25, 28, 17])

@@ -18,19 +18,20 @@ from edm.dms.table import PageTable
 from edm.errors import Corrupt, StoreError
 from edm.plugins.store_file.journal import JournalWriter, change, record, whole_table
 from edm.plugins.store_file.reading import HEADER, Replayed, replay, salvage
+from edm.stores.damage import Damage
 from edm.stores.directory import StoreDirectory, saying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from edm.stores.damage import Damage
     from edm.types import PageRefs, Slots
 
 FORMAT_VERSION: Final = 2
 _SUFFIX: Final = ".journal"
 _COMPACT_LEAST_BYTES: Final = 16 << 20
 _COMPACT_LEAST_FRAMES: Final = 1 << 17
+_NO_JOURNAL: Final = "its journal is missing: the page table cannot be read"
 _UNSEALED: Final = -1
 """In place of the number of frames there were when the last of them was sealed."""
 
@@ -225,9 +226,11 @@ class FileSpt(PageTable):
     def _open(self) -> None:
         """Read the newest journal; one that was being written when the server died has another name."""
         path = self._directory.path
+        found = sorted(path.glob("*" + _SUFFIX))
+        if not found and not self._directory.is_new:
+            raise Corrupt(f"{path}: {_NO_JOURNAL}")
         for left in path.glob("*.new"):
             _remove(left)
-        found = sorted(path.glob("*" + _SUFFIX))
         at = Replayed(0, 0, 0, 0)
         if found:
             at = replay(self, found[-1], only_sealed=self._directory.lost_power)
@@ -293,6 +296,8 @@ def inspect(path: Path) -> tuple[PageTable, list[Damage]]:
             found = sorted(path.glob("*" + _SUFFIX))
             if found:
                 damage = damage + salvage(table, found[-1])
+            elif not directory.is_new:
+                damage = [*damage, Damage(file=path, reason=_NO_JOURNAL)]
         return table, damage
     finally:
         directory.close(clean=False)

@@ -24,6 +24,13 @@ _VALUE_BYTES: Final = {"heads": 4080, "tails": 24, "spt": 32, "turns": 0}
 _TURN: Final = b"turn"
 
 
+def missing(path: Path) -> str:
+    """What there is in place of a file that LMDB would begin anew, or ""."""
+    if not path.exists():
+        return "is missing"
+    return "" if path.stat().st_size else "is empty"
+
+
 def check(path: Path, *, lost_power: bool) -> list[Damage]:
     """Raise `Corrupt` where a tree is damaged; else what is damaged and can be done without."""
     damage, harmless = examine(path, lost_power=lost_power, deep=False)

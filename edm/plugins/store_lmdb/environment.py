@@ -31,7 +31,7 @@ import lmdb
 from edm._native import ffi, lib
 from edm.dms.table import words_at
 from edm.errors import Corrupt, StoreError, StoreFull, StoreLocked
-from edm.plugins.store_lmdb.checking import check, examine
+from edm.plugins.store_lmdb.checking import check, examine, missing
 from edm.stores.directory import FULL, StoreDirectory, saying
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Environment:
             shutil.rmtree(path / _COPY, ignore_errors=True)
             self._open_map()
             self._turns = self.table("turns", integer_key=False)
+            if self._directory.is_new:
+                self._directory.sync()
             self._directory.begin()
         except BaseException:
             self._drop(None)
@@ -311,11 +313,15 @@ class Environment:
 
     def _open_map(self) -> None:
         first = self._file < 0 and not self._tables
-        if self.path.exists() and self.path.stat().st_size:
+        gone = missing(self.path)
+        if not gone:
             harmless = check(self.path, lost_power=self._directory.lost_power or not first)
             for one in harmless if first else []:
                 log.warning("%s: %s", one.file, one.reason)
                 self.damage.append(one)
+        elif not (first and self._directory.is_new):
+            # LMDB would begin anew, and every page would be gone without a word.
+            raise Corrupt(f"{self.path} {gone}")
         try:
             self._env = lmdb.open(
                 str(self._path),

@@ -11,7 +11,7 @@ import lmdb
 import numpy as np
 
 from edm.dms.table import PageTable
-from edm.plugins.store_lmdb.checking import examine
+from edm.plugins.store_lmdb.checking import examine, missing
 from edm.plugins.store_lmdb.environment import FORMAT_VERSION
 from edm.plugins.store_lmdb.spt import KEY, ROW, rows_of
 from edm.stores.damage import Damage
@@ -27,6 +27,8 @@ def inspect(path: Path) -> tuple[PageTable, list[Damage]]:
     directory = StoreDirectory(path, "edm LMDB", FORMAT_VERSION)
     table, file = PageTable(), path / "data.mdb"
     try:
+        if gone := missing(file):
+            return table, [*directory.damage, Damage(file=file, reason=gone)]
         damage, harmless = examine(file, lost_power=directory.lost_power, deep=True)
         rows = [] if damage else _read_rows(file, table)
         return table, [*directory.damage, *damage, *harmless, *rows]

@@ -31,6 +31,9 @@ STORES = {
     "lmdb-file": ("lmdb", "file", {"segment": "256K"}),
     "file-lmdb": ("file", "lmdb", {"map_size": "1M"}),
     "file-memory": ("file", "memory", {}),
+    "lmdb-memory": ("lmdb", "memory", {}),
+    "memory-file": ("memory", "file", {"segment": "256K"}),
+    "memory-lmdb": ("memory", "lmdb", {"map_size": "1M"}),
 }
 
 
@@ -64,14 +67,17 @@ class World:
 
     def open(self, path):
         spt, pages, options = self.stores
-        spt_options = {"sync": self.sync, **({"map_size": "1M"} if spt == "lmdb" else {"group": "512K"})}
+        own = {"file": {"group": "512K"}, "lmdb": {"map_size": "1M"}}
+        spt_options = {} if spt == "memory" else {"sync": self.sync, **own[spt]}
         page_options = {**options, **({} if pages == "memory" else {"sync": self.sync})}
-        table = open_store("spt_store", spt, path, spt_options)
-        try:
-            return MemoryServer(table, open_store("page_store", pages, path, page_options))
-        except BaseException:
-            table.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            table = open_store("spt_store", spt, path, spt_options)
+            opened.callback(table.close)
+            store = open_store("page_store", pages, path, page_options)
+            opened.callback(store.close)
+            server = MemoryServer(table, store)
+            opened.pop_all()
+            return server
 
     def evict(self, indices):
         self.version += 1
@@ -186,7 +192,7 @@ class World:
 def once(path, name, kind, error, lasting, sync, shim, at):
     """One N; whether something was refused, and whether the call came at all."""
     world = World(path, name, sync)
-    durable = name != "file-memory"
+    durable = "memory" not in name
     shim.arm(kind, at, error, lasting)
     done = world.history(reading=kind == "read")
     if not done and lasting:

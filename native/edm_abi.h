@@ -621,8 +621,8 @@ int edm_lmdb_check(int file, int lost_power, int deep, struct edm_lmdb_report *r
 int edm_lmdb_guard(int file);
 
 /* The first of n keys of a table of large values whose value, if there is one, does not stand behind the header that it
-   should; n if all do. Deleting a value, or writing over it, frees as many pages as its header says. map: where LMDB has
-   its file mapped. */
+   should; n if all do. Deleting a value, or writing over it, frees as many pages as its header says. map: where LMDB
+   has its file mapped; map_bytes 0: not known, and nothing is looked at. */
 size_t edm_lmdb_unsound(const char *table, const uint64_t *keys, size_t n, uintptr_t map, size_t map_bytes);
 
 /* The SPT's rows in LMDB (native/lmdb_rows.c): a key of two words and a row of four for each of n pages. The sum,

@@ -91,7 +91,7 @@ size_t edm_lmdb_unsound(const char *table, const uint64_t *keys, size_t n, uintp
     const uint8_t *value;
 
     if (map.pages < 2)
-        return 0;
+        return map_bytes ? 0 : n;
     for (unsigned i = 0; i < 2; i++)
         memcpy(&metas[i], map.at + i * PAGE, sizeof metas[i]);
     const struct meta *meta = &metas[metas[1].transaction > metas[0].transaction];

@@ -103,6 +103,7 @@ static void large_values_are_looked_at(void) {
     CHECK(unsound(keys, 5) == 5);
     CHECK(edm_lmdb_unsound("tails", keys, 5, (uintptr_t)lmdb, sizeof lmdb) == 0);
     CHECK(edm_lmdb_unsound("heads", keys, 5, (uintptr_t)lmdb, PAGE) == 0);
+    CHECK(edm_lmdb_unsound("heads", keys, 5, 0, 0) == 5);
     // Each bit of what stands before the value, but for the two bytes that mean nothing.
     for (unsigned bit = 0; bit < 16 * 8; bit++) {
         lmdb[6 * PAGE + bit / 8] ^= (uint8_t)(1u << bit % 8);

@@ -356,11 +356,12 @@ class Environment:
 
 
 def _mapped(path: Path) -> tuple[int, int]:
-    """Where this process has a file mapped, and how many bytes of it."""
-    inode = str(path.stat().st_ino)
+    """Where this process has a file mapped, and how many bytes of it; 0, 0 where that cannot be seen."""
+    inode, name = str(path.stat().st_ino), str(path.resolve())
     for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, _, offset, _, found, *_ = line.split()
-        if found == inode and not int(offset, 16):
+        addresses, _, offset, _, found, *named = line.split(maxsplit=5)
+        # An overlay's files have another inode there than they say themselves.
+        if (found == inode or named == [name]) and not int(offset, 16):
             start, end = (int(address, 16) for address in addresses.split("-"))
             return start, end - start
     return 0, 0

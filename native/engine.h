@@ -121,6 +121,8 @@ void ranges_del(struct ranges *r, uint64_t a, uint64_t b);
 bool ranges_has(const struct ranges *r, uint64_t page);
 // First stretch of [*a, b) that is not in r: sets [*a, *e) and returns true, or false.
 bool ranges_gap(const struct ranges *r, uint64_t *a, uint64_t b, uint64_t *e);
+const struct range *ranges_at(const struct ranges *r, uint64_t page);  // NULL: in none
+void ranges_append(struct ranges *r, uint64_t a, uint64_t b);          // behind all others; joined with none
 bool ranges_touch(const struct ranges *r, uint64_t a, uint64_t b);
 void ranges_free(struct ranges *r);
 
@@ -220,9 +222,10 @@ struct space {
     struct edm_ctl *ctl;
     uint64_t staging, anchor;
     uint64_t vsz, changed_ns, swept_ns;
-    uint64_t put_off;  // pages seen, and left unregistered for now
-    bool held_seen;    // adopted: what was registered before is known
-    uint64_t lost;     // pages poisoned
+    uint64_t put_off;       // pages seen, and left unregistered for now
+    struct ranges waiting;  // which, a range a mapping: see growth.c
+    bool held_seen;         // adopted: what was registered before is known
+    uint64_t lost;          // pages poisoned
     bool sweep_soon;
     struct streams streams;
     // madvise(2), see hints.c
@@ -566,6 +569,16 @@ void *capture_thread(void *engine);
 int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid);
 struct edm_ctl *ctl_map(int fd);
 bool space_sweep(struct space *s);
+
+// Memory of one mapping that is not registered; heap: it grows by brk(2).
+struct unregistered {
+    struct stretch {
+        uint64_t a, b;
+        bool heap;
+    } *v;
+    uint32_t n, cap;
+};
+void growth_put_off(struct space *s, struct unregistered *u);  // leaves in `u` what is to be registered now
 void space_prune_unmapped(struct space *s);
 void holder_note(struct edm_engine *g);
 

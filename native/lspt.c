@@ -113,6 +113,8 @@ static void ranges_insert(struct ranges *r, uint32_t at, uint64_t a, uint64_t b)
     r->n++;
 }
 
+void ranges_append(struct ranges *r, uint64_t a, uint64_t b) { ranges_insert(r, r->n, a, b); }
+
 static void ranges_erase(struct ranges *r, uint32_t at, uint32_t count) {
     memmove(r->v + at, r->v + at + count, (r->n - at - count) * sizeof *r->v);
     r->n -= count;
@@ -161,10 +163,12 @@ void ranges_del(struct ranges *r, uint64_t a, uint64_t b) {
     }
 }
 
-bool ranges_has(const struct ranges *r, uint64_t page) {
+const struct range *ranges_at(const struct ranges *r, uint64_t page) {
     uint32_t i = ranges_find(r, page);
-    return i < r->n && r->v[i].a <= page;
+    return i < r->n && r->v[i].a <= page ? &r->v[i] : NULL;
 }
+
+bool ranges_has(const struct ranges *r, uint64_t page) { return ranges_at(r, page) != NULL; }
 
 bool ranges_touch(const struct ranges *r, uint64_t a, uint64_t b) {
     uint32_t i = ranges_find(r, a);

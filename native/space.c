@@ -70,6 +70,7 @@ void space_unref(struct space *s) {
     ranges_free(&s->doubtful);
     ranges_free(&s->at_fork);
     ranges_free(&s->removed);
+    ranges_free(&s->waiting);
     ranges_free(&s->stack_tops);
     ranges_free(&s->random);
     ranges_free(&s->sequential);

@@ -12,8 +12,6 @@
 
 #include "pagemap_abi.h"
 
-#define PUT_OFF_PART 64          // of a program's memory: so much may wait to be registered
-#define PUT_OFF_LIMIT_PART 32    // ... but no more than this part of the budget, which it is above
 #define USER_MODE_PIECE 16       // pages
 #define FULL_SWEEP_NS 50000000u  // at least this often, changed or not
 
@@ -21,6 +19,7 @@ struct mapping {
     uint64_t a, b;  // page numbers
     bool writable;  // or inaccessible, and perhaps writable later
     bool guard;     // inaccessible
+    bool heap;      // of brk(2)
 };
 
 struct mappings {
@@ -63,7 +62,8 @@ static bool parse_line(char *line, struct mapping *m) {
     if (*what && strncmp(what, "[heap]", 6) && strncmp(what, "[anon", 5))
         return false;
     bool guard = !strncmp(perm, "---", 3);
-    *m = (struct mapping){a >> PAGE_SHIFT, b >> PAGE_SHIFT, perm[1] == 'w' || guard, guard};
+    bool heap = !strncmp(what, "[heap]", 6);
+    *m = (struct mapping){a >> PAGE_SHIFT, b >> PAGE_SHIFT, perm[1] == 'w' || guard, guard, heap};
     return m->b <= LSPT_MAX_PAGE;
 }
 
@@ -96,7 +96,7 @@ static bool mappings_read(struct space *s, struct mappings *out) {
                     out->cap = out->cap ? out->cap * 2 : 128;
                     out->v = xrealloc(out->v, out->cap * sizeof *out->v);
                 }
-                out->v[out->n++] = (struct mapping){at, to, m.writable, m.guard};
+                out->v[out->n++] = (struct mapping){at, to, m.writable, m.guard, m.heap};
             }
             if (cut[i][1] > at)
                 at = cut[i][1];
@@ -252,32 +252,23 @@ static bool due(struct space *s) {
     return changed || s->sweep_soon || s->engine->user_mode || now - s->swept_ns > FULL_SWEEP_NS;
 }
 
-// How many pages may go unregistered for now. A mapping that was touched before it was registered has an anon_vma of
-// its own, and never merges with a registered neighbour: registered at each look, memory that grows in small steps
-// would lie in one mapping a step. So steps are left to merge with one another first; the number of mappings then grows
-// with the logarithm of the memory. Source: mm/vma.c is_mergeable_anon_vma, mm/rmap.c anon_vma_compatible.
-static uint64_t put_off_pages(const struct space *s) {
-    if (s->asks || s->engine->user_mode)
-        return 0;
-    uint64_t known = s->lspt.leaves * LEAF_PAGES / PUT_OFF_PART, limit = s->engine->limit / PUT_OFF_LIMIT_PART;
-    return s->engine->limit && limit < known ? limit : known;
-}
-
-static uint64_t unregistered_pages(const struct space *s, const struct mappings *now) {
-    uint64_t pages = 0, e;
+// What is not registered yet, a stretch a mapping.
+static struct unregistered unregistered(struct space *s, const struct mappings *now) {
+    struct unregistered u = {0};
+    uint64_t e;
     for (uint32_t i = 0; i < now->n; i++)
-        for (uint64_t a = now->v[i].a; now->v[i].writable && ranges_gap(&s->known, &a, now->v[i].b, &e); a = e)
-            pages += e - a;
-    return pages;
+        for (uint64_t a = now->v[i].a; now->v[i].writable && ranges_gap(&s->known, &a, now->v[i].b, &e); a = e) {
+            if (u.n == u.cap)
+                u.v = xrealloc(u.v, (u.cap = u.cap ? u.cap * 2 : 64) * sizeof *u.v);
+            u.v[u.n++] = (struct stretch){a, e, now->v[i].heap};
+        }
+    return u;
 }
 
 static void register_fresh(struct space *s, uint64_t a, uint64_t b, struct ranges *fresh) {
     if (uffd_register(s, a, b))
         return;
-    // Not ranges_add: neighbours must be checked one by one.
-    if (fresh->n == fresh->cap)
-        fresh->v = xrealloc(fresh->v, (fresh->cap = fresh->cap ? fresh->cap * 2 : 64) * sizeof *fresh->v);
-    fresh->v[fresh->n++] = (struct range){a, b};
+    ranges_append(fresh, a, b);  // neighbours must be checked one by one
 }
 
 // With a uffd for user mode only, a system call that comes upon an absent page of registered memory fails, be it new or
@@ -338,15 +329,13 @@ bool space_sweep(struct space *s) {
     struct ranges fresh = {0};
     if (s->asks && !s->held_seen && (s->engine->no_forks || space_whole(s)))
         register_held(s, &now, &fresh);
-    uint64_t missing = unregistered_pages(s, &now), before = s->put_off;
-    s->put_off = missing <= put_off_pages(s) ? missing : 0;
-    for (uint32_t i = 0; i < now.n && !s->put_off; i++) {
-        if (!now.v[i].writable)
-            continue;
-        uint64_t e;
-        for (uint64_t a = now.v[i].a; ranges_gap(&s->known, &a, now.v[i].b, &e); a = e)
-            (s->engine->user_mode ? register_present : register_fresh)(s, a, e, &fresh);
-    }
+    uint64_t before = s->put_off;
+    struct unregistered left = unregistered(s, &now);
+    growth_put_off(s, &left);
+    for (uint32_t i = 0; i < left.n; i++)
+        if (left.v[i].a < left.v[i].b)
+            (s->engine->user_mode ? register_present : register_fresh)(s, left.v[i].a, left.v[i].b, &fresh);
+    free(left.v);
     free(now.v);
     if (fresh.n)
         point(POINT_swept);

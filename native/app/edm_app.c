@@ -45,6 +45,7 @@
 static bool captured, no_forks, free_to_call;
 static struct edm_ctl *control;  // while captured
 static pid_t (*real_fork)(void);
+static long captured_pid;     // a child of a raw clone(2) has neither the control page nor anybody who knows of it
 static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
 static char sock_path[sizeof(((struct sockaddr_un *)0)->sun_path)];
 
@@ -458,6 +459,7 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     anchor_page = c->anchor;
     control = c;
     captured = true;
+    captured_pid = CALL(SYS_getpid, 0, 0, 0);
     hints_to(c);
     c = NULL;  // it stays, for the sidecar
     result = 0;
@@ -490,10 +492,12 @@ static bool ask_whole(void) {
     return done;
 }
 
+static bool forks_untold(void) { return captured && no_forks && CALL(SYS_getpid, 0, 0, 0) == captured_pid; }
+
 // Where no event tells the DM-Handler of a fork, what is absent would be zeros in the child: all of it comes back
 // first, and stays until the fork is over. As with a fault, the program waits if the DM-Handler has just died.
 static void before_fork(void) {
-    if (!captured || !no_forks)
+    if (!forks_untold())
         return;
     __atomic_fetch_add(&control->forking, 1, __ATOMIC_SEQ_CST);
     while (!ask_whole()) {
@@ -503,7 +507,7 @@ static void before_fork(void) {
 }
 
 static void after_fork_in_parent(void) {
-    if (captured && no_forks)
+    if (forks_untold())
         __atomic_fetch_sub(&control->forking, 1, __ATOMIC_SEQ_CST);
 }
 

@@ -9,15 +9,14 @@
 #include "engine.h"
 #include "pagemap_abi.h"
 
-#define PART 40         // of a program's memory may wait,
-#define LIMIT_PART 64   // ... and no more than this part of the budget, which it is above;
-#define YOUNG_PART 16   // of what has come since the last look, until the next one, this part
+#define PART 64         // of a program's memory, and of the budget, which it is above, may wait;
+#define YOUNG_PART 40   // of what has come since the last look, until the next one, this part
 #define LEAST_SPLIT 64  // pages of it that may wait, for a mapping to be registered in part
 
-static uint64_t may_wait(const struct space *s, uint64_t part, uint64_t limit_part) {
+static uint64_t may_wait(const struct space *s, uint64_t part) {
     if (s->asks || s->engine->user_mode)
         return 0;
-    uint64_t known = s->lspt.leaves * LEAF_PAGES / part, limit = s->engine->limit / limit_part;
+    uint64_t known = s->lspt.leaves * LEAF_PAGES / part, limit = s->engine->limit / part;
     return s->engine->limit && limit < known ? limit : known;
 }
 
@@ -53,7 +52,7 @@ static struct range young(const struct space *s, const struct stretch *t) {
 void growth_put_off(struct space *s, struct unregistered *u) {
     struct ranges waiting = {0};
     uint64_t all = 0, since = 0;
-    uint64_t most = may_wait(s, PART, LIMIT_PART), young_most = may_wait(s, YOUNG_PART, YOUNG_PART);
+    uint64_t most = may_wait(s, PART), young_most = may_wait(s, YOUNG_PART);
     for (uint32_t i = 0; i < u->n; i++)
         all += u->v[i].b - u->v[i].a;
     for (uint32_t i = 0; i < u->n && all > most; i++) {

@@ -1,4 +1,4 @@
-// Memory that grows in small steps: blocks of 32 KiB side by side, by mmap(2) or brk(2), each filled at once. Plain,
+// Memory that grows in small steps: blocks of 128 KiB side by side, by mmap(2) or brk(2), each filled at once. Plain,
 // the kernel merges them into few mappings. Prints how many mappings the process has then, how many KiB of anonymous
 // memory, and how many of those are in mappings of a userfaultfd. Then blocks are resized, moved, given up and made
 // again, each as the one mapping the program made, and each page must be what was written to it. Arguments: mmap or
@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #define PAGE 4096u
-#define BLOCK (8 * PAGE)
+#define PAGES 32u  // of a block
 
 struct block {
     char *at;
@@ -64,9 +64,9 @@ static void count(void) {
 static void change(struct block *b, unsigned number) {
     switch (number % 7) {
     case 0:
-        b->at = must(mremap(b->at, b->pages * PAGE, 12 * PAGE, MREMAP_MAYMOVE), "mremap");
-        b->pages = 12;
-        fill(b, 8, number);
+        b->at = must(mremap(b->at, b->pages * PAGE, (PAGES + 4) * PAGE, MREMAP_MAYMOVE), "mremap");
+        b->pages = PAGES + 4;
+        fill(b, PAGES, number);
         break;
     case 2: {
         char *to = make(b->pages);
@@ -92,7 +92,7 @@ int main(int argc, char **argv) {
     int by_brk = !strcmp(argv[1], "brk");
     struct block *b = calloc(n, sizeof *b);
     for (unsigned i = 0; b && i < n; i++) {
-        b[i] = (struct block){by_brk ? must(sbrk(BLOCK), "sbrk") : make(8), 8, 0};
+        b[i] = (struct block){by_brk ? must(sbrk(PAGES * PAGE), "sbrk") : make(PAGES), PAGES, 0};
         fill(&b[i], 0, i);
         if (i % pause == 0)
             usleep(1000);

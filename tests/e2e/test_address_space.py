@@ -1,6 +1,7 @@
 """Address-space calls of several threads, in any order, while pages are evicted: each byte is what it must be.
 
-hypothesis makes the scripts, and shortens one that fails. `make soak` goes on for EDM_SOAK_S seconds (600).
+hypothesis makes the scripts, and shortens one that fails. `make soak` goes on for EDM_SOAK_S seconds (600),
+from the script that EDM_SOAK_FROM (1000) names.
 """
 
 import json
@@ -18,6 +19,7 @@ PAGES, THREADS = 160, 3  # as in programs/fuzzed.c
 CALLS = "wwwwwwwrrrrrddffpqnoaaammmDDeeuuxxkkvvlLbOORSS"
 BUDGET = ("--transport", "inproc", "--local-memory", "1M", "--write-back", "256K")
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
+SOAK_FROM = int(os.environ.get("EDM_SOAK_FROM", "1000"))
 
 page = st.integers(0, PAGES - 1)
 line = st.tuples(
@@ -75,8 +77,8 @@ def test_every_byte_is_as_it_must_be(edm, fuzzed):
 @pytest.mark.soak
 @pytest.mark.timeout(SOAK_S + 600)
 def test_every_byte_is_as_it_must_be_for_long(edm, fuzzed):
-    end, number = time.monotonic() + SOAK_S, 1000
+    end, number = time.monotonic() + SOAK_S, SOAK_FROM
     while time.monotonic() < end:
         number += 1
         check(edm, fuzzed, number, 40)
-    print(f"{(number - 1000) * 40} scripts")
+    print(f"{(number - SOAK_FROM) * 40} scripts")

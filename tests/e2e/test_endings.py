@@ -220,3 +220,11 @@ def test_program_that_cannot_be_captured_and_is_started_by_one_that_is_is_warned
     assert (ran.status, ran.out) == (0, b"ran\n")
     assert one_line(ran.err).startswith("edm: warning: process ")
     assert f" is not captured, its memory is all local: {target} is statically linked" in ran.err
+
+
+@pytest.mark.soak
+def test_child_made_past_the_c_library_is_warned_of(edm, program):
+    raw_clone = program("raw_clone")
+    ran = edm.run("--transport", "inproc", "--local-memory", "2M", "--write-back", "256K", "--", raw_clone, "8", "8")
+    assert (ran.status, ran.out) == (0, b"same\n")
+    assert f" is served, but none of its memory leaves: {raw_clone} made it by a system call" in one_line(ran.err)

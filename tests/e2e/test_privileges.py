@@ -122,6 +122,13 @@ def test_all_of_edm_as_nobody_where_that_is_allowed(nobodys_edm, open_directory,
     assert counters(open_directory)["processes"] == 6
 
 
+@pytest.mark.usefixtures("allowed")
+def test_child_past_the_c_library_may_fork_where_no_event_tells_of_it(nobodys_edm, open_directory, program):
+    raw_clone = shutil.copy(program("raw_clone"), open_directory)
+    ran = nobodys_edm("--", raw_clone, 0, 2)  # it has no control page, which such a fork begins with
+    assert (ran.status, ran.out) == (0, b"same\n"), ran.err
+
+
 @pytest.mark.usefixtures("not_allowed")
 def test_user_mode_is_refused_unless_it_is_asked_for(nobodys_edm, open_directory):
     ran = nobodys_edm("--", "touch", open_directory / "ran")

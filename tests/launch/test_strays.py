@@ -25,6 +25,12 @@ def tree():
     shell.wait()
 
 
+@pytest.fixture(autouse=True)
+def brought_in(monkeypatch):
+    """Every process has what a program that was brought in has."""
+    monkeypatch.setattr("edm.launch.strays.CONTROL", "[stack]")
+
+
 def name_of(pid):
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
@@ -48,9 +54,20 @@ def test_what_came_after_the_last_word_of_the_captured_is_not_warned_of(tree):
     assert strays.look(tree[:1], time.monotonic()) != []
 
 
+def test_child_that_is_served_but_was_never_brought_in_is_warned_of_once(tree, monkeypatch):
+    monkeypatch.setattr("edm.launch.strays.CONTROL", "/memfd:edm-ctl")
+    strays = Strays(tree[0], every_s=0, after_s=0)
+    texts = strays.look(tree, NOW)
+    assert [text.partition(", but none of its memory leaves: ")[0] for text in texts] == [
+        f"process {tree[0]} is served",
+        f"process {tree[1]} is served",
+    ]
+    assert strays.look(tree, NOW) == []
+
+
 def test_captured_programs_are_no_strays(tree):
     strays = Strays(tree[0], every_s=0, after_s=0)
-    assert strays.look(tree, time.monotonic()) == strays.look(tree, time.monotonic()) == []
+    assert strays.look(tree, NOW) == strays.look(tree, NOW) == []
 
 
 def test_nobody_is_looked_at_more_often_than_that(tree):

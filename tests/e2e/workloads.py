@@ -25,6 +25,7 @@ class Workload:
     """build(directory, compile_, size) makes it ready; size: one of `sizes` (evicted, coverage).
 
     same_output: its output does not depend on time or chance; if not, it verifies itself and its exit status tells.
+    same_need: nor does how much memory it takes.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Workload:
     sizes: tuple[int, int]
     needs: tuple[str, ...] = ()
     same_output: bool = True
+    same_need: bool = True
     transport: str = "inproc"
     store: str = "memory"
     slow_to_cover: bool = False
@@ -125,6 +127,6 @@ WORKLOADS = [
     Workload("threads", _compiled("thread_storm", "1200"), (12, 96)),
     Workload("node", _script("node", "objects.js"), (40, 250), needs=("node",)),
     # Of its class archive, a file, it writes to 10 MiB, which are no mapping of EDM's: in a small heap that is much.
-    Workload("java", _java, (30, 4000), needs=("java", "javac"), slow_to_cover=True),
+    Workload("java", _java, (30, 4000), needs=("java", "javac"), same_need=False, slow_to_cover=True),
     Workload("stress-ng", _stress, (12, 96), needs=("stress-ng",), same_output=False),
 ]

@@ -115,7 +115,7 @@ def expected(command):
     ],
 )
 def test_after_a_death_the_program_goes_on(edm, running, transport, victim):
-    process, command = running(transport, megabytes=8, rounds=40)
+    process, command = running(transport, megabytes=8, rounds=60)
     first, working, _ = wait_for(process.pid, victim, "working_set", "edm: sidecar")
     kill_while_at_work(first, working)
     out, err = process.communicate(timeout=80)
@@ -143,7 +143,7 @@ def ranks(root):
 @pytest.mark.mpi
 @pytest.mark.parametrize("which", [{"edm.dms.process", "edm.handler.process"}, {"edm.dms.process"}])
 def test_ranks_that_die_before_they_have_said_a_word_are_started_again(edm, running, which):
-    process, command = running("mpi", megabytes=8, rounds=40)
+    process, command = running("mpi", megabytes=8, rounds=60)
     handler, working, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
     kill_while_at_work(handler, working)
     end = time.monotonic() + 40
@@ -255,7 +255,7 @@ def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
 
 
 def test_another_holder_takes_the_place_of_one_that_died(edm, running):
-    process, command = running("inproc", megabytes=8, rounds=20)
+    process, command = running("inproc", megabytes=8, rounds=60)
     holder, program, _ = wait_for(process.pid, "edm: holder", "working_set", "edm: sidecar")
     os.kill(program, signal.SIGSTOP)  # it must not be at its end before
     os.kill(holder, signal.SIGKILL)
@@ -319,7 +319,7 @@ def test_a_memory_server_that_does_not_come_back(edm, program, tmp_path, on_loss
 def test_a_memory_server_that_comes_back_late_is_waited_for(edm, program, tmp_path):
     endpoint = f"ipc://{tmp_path}/pages.sock"
     server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
-    command = (program("working_set"), 8, 20)
+    command = (program("working_set"), 8, 60)
     process = edm.start(
         *("run", "--dms", endpoint, "--local-memory", "2M", "--patience-s", 0.5),
         *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2", "--", *command),

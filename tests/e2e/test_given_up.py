@@ -135,7 +135,7 @@ for path in sys.argv[1:]:
 
 
 def test_a_stranger_gets_nothing_from_any_socket_whatever_the_umask(open_edm, program):
-    command = (program("working_set"), 8, 10)
+    command = (program("working_set"), 8, 60)
     process = open_edm.start("run", "--transport", "zmq", "--local-memory", "4M", "--", *command, umask=0)
     working, _ = wait_for(process.pid, "working_set", "edm: sidecar")
     os.kill(working, signal.SIGSTOP)  # or it may be at its end before anybody has come
@@ -151,7 +151,7 @@ def test_a_stranger_gets_nothing_from_any_socket_whatever_the_umask(open_edm, pr
 
 
 def test_no_more_connections_are_taken_than_there_is_a_bound_for(open_edm, program):
-    command = (program("working_set"), 8, 10)
+    command = (program("working_set"), 8, 60)
     process = open_edm.start("run", "--transport", "inproc", "--local-memory", "4M", "--", *command)
     working, _ = wait_for(process.pid, "working_set", "edm: sidecar")
     os.kill(working, signal.SIGSTOP)

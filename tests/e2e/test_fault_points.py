@@ -16,7 +16,7 @@ from killing import ADOPTING, LIVING, OPS, POINTS, SERVING, run_with_death
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
 QUICK = {
-    *("event_applied", "fork_made", "move_done", "batch_moved", "batch_applied", "outbox_acknowledged"),
+    *("event_applied", "fork_made", "batch_moved", "outbox_acknowledged"),
     *("rescue_copied", "adopt_held", "pages_recorded"),
 }
 """What is killed in the quick form: where most is half done."""

@@ -22,6 +22,8 @@ WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
 SUITES = {"tree": "1M", "spaces": "1M", "kernel": "1M", "uring": "2M", "signals": "1M", "placed": "1M"}
 """Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""
 NO_URING = 77
+RUNS = 4
+"""At most, until it was evicted all the while: some take 35 ms, and a machine may stand still for as long."""
 
 
 def plain(program, name, *steps, **environment):
@@ -41,11 +43,15 @@ def check(edm, program, name, report, *, budget, transport="inproc", store="memo
     expected = plain(program, name)
     assert expected.returncode == 0, expected.stdout
     arguments = ("--transport", transport, "--store", store, "--local-memory", budget, "--report", report)
-    ran = edm.run(*arguments, "--", program(name))
-    assert (ran.status, ran.out.decode(), ran.err) == (0, expected.stdout, "")
-    counters = json.loads(report.read_text())["counters"]
-    assert counters["internal_errors"] == counters["lost"] == counters["write_failures"] == 0
-    assert counters["fetches"] + counters["rescues"] > 1000, "it was not evicted all the while"
+    for _ in range(RUNS):
+        ran = edm.run(*arguments, "--", program(name))
+        assert (ran.status, ran.out.decode(), ran.err) == (0, expected.stdout, "")
+        counters = json.loads(report.read_text())["counters"]
+        assert counters["internal_errors"] == counters["lost"] == counters["write_failures"] == 0
+        if counters["fetches"] + counters["rescues"] > 1000:
+            break
+    else:
+        pytest.fail("it was not evicted all the while")
     return counters
 
 

@@ -299,7 +299,7 @@ struct worker {
     uint32_t seen;            // how often in a row
     bool beside;              // the program was on this CPU when it was seen last
     uint32_t crowded, crowd;  // waits to come that do not spin; of the last time
-    uint32_t turns;           // offers of the CPU in a row that somebody else took for a whole turn
+    uint64_t turn_ns;         // when somebody else last took the offered CPU for a whole turn
     int stat_tid, stat_fd;    // the thread that was looked at last, and its /proc/TID/stat
 };
 

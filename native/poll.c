@@ -13,10 +13,10 @@
 #define LOOK_ROUND 16    // reads of one space in a row, before the others are looked at
 #define PAUSES 8
 #define YIELD_EVERY 4
-#define CROWDED_NS 10000  // an offer of the CPU that takes so long let somebody else run
-#define CROWDED_WAITS 64  // … and up to so many waits sleep at once
-#define TURN_NS 500000    // a whole turn of somebody else's: what EDM's own threads do at once takes less
-#define CROWDED_ROW 2     // so many turns in a row: all CPUs are wanted
+#define CROWDED_NS 10000        // an offer of the CPU that takes so long let somebody else run
+#define CROWDED_WAITS 64        // … and up to so many waits sleep at once
+#define TURN_NS 500000          // a whole turn of somebody else's: what EDM's own threads do at once takes less
+#define TURNS_NEAR_NS 50000000  // two so close to each other: all CPUs are wanted
 
 static bool live(const struct edm_engine *g, const struct space *s) {
     for (uint32_t k = 0; k < g->nspaces; k++)
@@ -51,7 +51,7 @@ static int spin(struct edm_engine *g, struct worker *w, struct epoll_event *ev, 
     for (uint32_t tries = 0; now < end && !atomic_load(&g->stop);) {
         int n = epoll_wait(g->epoll, ev, max, 0);
         if (n > 0) {
-            w->crowd = w->turns = 0;
+            w->crowd = 0;
             return n;
         }
         // Where no CPU sleeps, the program is on another than this one.
@@ -64,9 +64,11 @@ static int spin(struct edm_engine *g, struct worker *w, struct epoll_event *ev, 
         if (now - then > CROWDED_NS) {
             w->crowd = w->crowd < CROWDED_WAITS / 2 ? w->crowd * 2 + 1 : CROWDED_WAITS;
             w->crowded = w->crowd;
-            w->turns = now - then > TURN_NS ? w->turns + 1 : 0;
-            if (elsewhere && w->turns >= CROWDED_ROW)
-                cpus_found_crowded(g);
+            if (elsewhere && now - then > TURN_NS) {
+                if (now - w->turn_ns < TURNS_NEAR_NS)
+                    cpus_found_crowded(g);
+                w->turn_ns = now;
+            }
             return 0;
         }
     }

@@ -78,7 +78,7 @@ void sidecar_home(struct space *s) {
 
 bool cpus_crowded(const struct edm_engine *g) { return atomic_load(&g->crowded_until); }
 
-// A fault worker's offer of its CPU was taken for a whole turn, several times in a row.
+// A fault worker's offer of its CPU was taken for a whole turn, twice within a short time.
 void cpus_found_crowded(struct edm_engine *g) {
     uint64_t now = now_ns(), none = 0, before = atomic_load(&g->crowded_ns);
     bool again = now - atomic_load(&g->crowded_over) < CROWDED_LEAST_NS;

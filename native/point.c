@@ -16,7 +16,7 @@
 #define HOLD_MS 30000
 #define DELAY_MS 200
 
-int point_armed;
+_Atomic int point_armed;
 static int action;
 static _Atomic int after;
 static char flag[256];
@@ -46,7 +46,7 @@ int edm_point_arm(const char *name, int what, int times, const char *flag_file) 
             strcpy(flag, flag_file);
             action = what;
             atomic_store(&after, times);
-            point_armed = i;
+            atomic_store_explicit(&point_armed, i, memory_order_release);
             return i;
         }
     return -ENOENT;
@@ -58,9 +58,10 @@ static void sleep_ms(int ms) {
 }
 
 int point_reached(enum edm_point which) {
-    if (atomic_fetch_sub(&after, 1) > 0)
+    // Of threads that are here together, one takes it.
+    if (atomic_fetch_sub(&after, 1) != 0)
         return 0;
-    point_armed = POINT_NONE;
+    atomic_store(&point_armed, POINT_NONE);
     (void)which;
     unlink(flag);  // whoever is started in our place goes past it
     switch (action) {

@@ -48,6 +48,7 @@ def row(case: Case, results: Mapping[str, Result | str], floors: Mapping[str, Sp
                 "mean": r.mean,
                 "median": r.spread.median,
                 "quartiles": [r.spread.low, r.spread.high],
+                "apart": list(r.apart),
                 "counters": r.counters,
             }
             for where, r in results.items()
@@ -103,7 +104,7 @@ def print_table(document: dict[str, Any]) -> None:
     named = {"fault": "bare fault", "write": "of a write", "mpi": "bare mpi4py round trip", "pread": "bare pread"}
     shown = ", ".join(f"{named[name]} {f['median'] / 1000:.2f} µs" for name, f in floors.items())
     table = Table(title=f"against the bare fault ({shown})", title_justify="left")
-    for column in ("case", "target", "one CPU", "all CPUs", "all / one", "time (quartiles)", ""):
+    for column in ("case", "target", "one CPU", "all CPUs", "all / one", "time (quartiles)", "CPUs apart", ""):
         table.add_column(column, justify="left" if column in {"case", ""} else "right")
     for r in document["rows"]:
         table.add_row(*_cells(r))
@@ -123,6 +124,7 @@ def _cells(r: Row) -> list[str]:
     if judged and not factor:
         low, high = judged["quartiles"]
         time = f"{judged['mean'] / 1000:.2f} µs ({low / 1000:.2f}–{high / 1000:.2f})"
+    apart = "–".join(sorted({f"{ns:.0f}" for ns in places.get("all", {}).get("apart", [])}, key=int))
     spread = f"{r['spread']:.2f}" if r.get("spread") else "–"
     if r.get("spread_met") is False:
         spread = f"[red]{spread}[/red]"
@@ -130,7 +132,15 @@ def _cells(r: Row) -> list[str]:
     if "over_sum" in r:
         word = "met" if r["over_sum_met"] else "missed"
         verdict += f"; {r['over_sum']:.2f} × the floors' sum, ≤ {MPI_TARGET}: {word}"
-    return [r["title"], f"{'≥' if is_speedup else '≤'} {r['target']:g}", *ratios, spread, time, verdict]
+    return [
+        r["title"],
+        f"{'≥' if is_speedup else '≤'} {r['target']:g}",
+        *ratios,
+        spread,
+        time,
+        f"{apart} ns" if apart else "–",
+        verdict,
+    ]
 
 
 def write_plot(document: dict[str, Any], path: Path) -> None:

@@ -28,6 +28,7 @@ PROGRAM: Final = Path(edm.__file__).parent / "edm-measure"
 TIMEOUT_S: Final = 240.0
 PINGPONGS: Final = 20_000
 FLOOR_FAULTS: Final = 131_072
+HAND_OVERS: Final = 65_536
 Placement = Literal["one", "all"]
 
 
@@ -72,11 +73,15 @@ class Spread:
 
 @attrs.frozen(kw_only=True)
 class Result:
-    """One run of a case: its figure (ns; a factor for threads), and what EDM counted meanwhile."""
+    """One run of a case: its figure (ns; a factor for threads), and what EDM counted meanwhile.
+
+    apart: how far the CPUs were from each other just before and just after, in ns; empty where one only was used.
+    """
 
     spread: Spread
     mean: float
     counters: dict[str, int]
+    apart: tuple[float, ...] = ()
 
 
 def call(command: Sequence[str], placement: Placement, timeout_s: float = TIMEOUT_S) -> str:
@@ -131,8 +136,25 @@ def measure_floors(sizes: Sizes, *, mpi: bool, directory: Path) -> dict[str, Spr
     return {name: Spread.of(samples) for name, samples in floors.items()}
 
 
+def measure_apart(placement: Placement) -> tuple[float, ...]:
+    """Nanoseconds for a cache line from the first CPU to the second and back; nothing where one only is used.
+
+    What is handed between CPUs takes longer the farther they are apart, and a hypervisor moves them while we measure.
+    """
+    if placement == "one" or len(os.sched_getaffinity(0)) < 2:
+        return ()
+    samples = json.loads(call([str(PROGRAM), "floor-apart", f"accesses={HAND_OVERS}"], placement))["ns"]
+    return (Spread.of(samples).median,)
+
+
 def measure(case: Case, sizes: Sizes, placement: Placement) -> Result:
     """Run one case; raises `MeasureFailed`."""
+    before = measure_apart(placement)
+    result = _measure(case, sizes, placement)
+    return attrs.evolve(result, apart=before + measure_apart(placement))
+
+
+def _measure(case: Case, sizes: Sizes, placement: Placement) -> Result:
     with tempfile.TemporaryDirectory(prefix="edm-bench-") as directory:
         report = Path(directory) / "report.json"
         memory = str(sizes.budget_pages * PAGE_BYTES)

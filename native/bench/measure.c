@@ -427,6 +427,8 @@ int main(int argc, char **argv) {
         return floor_fault(&m, strlen(m.mode) > strlen("floor-fault"));
     if (!strcmp(m.mode, "floor-pread"))
         return floor_pread(&m);
+    if (!strcmp(m.mode, "floor-apart"))
+        return floor_apart(&m);
     if (!strcmp(m.mode, "new"))
         return new_pages(&m);
     if (!strcmp(m.mode, "wide"))

@@ -39,6 +39,7 @@ uint32_t *permutation(uint64_t n, uint64_t seed);
 
 int floor_fault(const struct measure *m, bool write);
 int floor_pread(const struct measure *m);
+int floor_apart(const struct measure *m);
 int sort_integers(const struct measure *m);
 void sort_64(uint64_t *first, uint64_t *last);
 

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 
+import attrs
 import pytest
 
 from edm._native import lib
 from edm.bench.cases import CASES
-from edm.bench.report import ratio, row, verdicts, write_plot
+from edm.bench.report import print_table, ratio, row, verdicts, write_plot
 from edm.bench.running import PROGRAM, MeasureFailed, Result, Sizes, Spread, call, figure
 
 NAMED = {case.name: case for case in CASES}
@@ -99,6 +100,16 @@ def test_an_unknown_case_is_refused_in_one_line():
     assert ran.stderr.startswith("edm: unknown case 'nonsense'")
 
 
+def test_a_row_says_how_far_the_cpus_were_apart_before_and_after(capsys):
+    rows = [row(NAMED["new"], {"all": attrs.evolve(result(6500), apart=(321.4, 48.2))}, FLOORS)]
+    rows.append(row(NAMED["evict"], {"all": attrs.evolve(result(2000), apart=(48.1, 48.4))}, FLOORS))
+    rows.append(row(NAMED["rescue"], {"one": result(6500)}, FLOORS))
+    print_table({"rows": rows, "floors": {"fault": {"median": 4000}}})
+    table = capsys.readouterr().out
+    assert "48–321 ns" in table
+    assert table.count(" ns ") == 2  # one figure where both are the same, none on one CPU
+
+
 def test_the_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     write_plot({"rows": [row(NAMED["new"], {"one": result(6500)}, FLOORS)]}, tmp_path / "bench.png")
@@ -119,4 +130,7 @@ def test_misses_of_a_real_program_are_measured():
     assert document["floors"]["write"]["median"] > 0
     assert figures["counters"]["fetches"] > 4096
     assert figures["mean"] > 0
+    # A cache line takes some time between any two CPUs, and less than a system call in a good moment does.
+    assert len(figures["apart"]) == (2 if len(os.sched_getaffinity(0)) > 1 else 0)
+    assert all(5 < ns < 100_000 for ns in figures["apart"])
     assert measured["ratio"] == pytest.approx(figures["mean"] / document["floors"]["fault"]["median"])

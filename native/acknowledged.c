@@ -46,7 +46,7 @@ static bool rebuild(struct edm_engine *g, uint64_t wanted) {
         power++;
     uint64_t size = (uint64_t)1 << power;
     if (power > STATE_KNOWN_MOST || wanted > size / 2)
-        return false;  // more than 2 TiB are away: nothing more is noted
+        return false;  // 8 million groups, 2 TiB where they are full: nothing more is noted
     into = table_of(g, power);
     madvise(into, size * sizeof *into, MADV_REMOVE);  // what a DM-Handler that was killed here has left
     uint64_t used = 0;

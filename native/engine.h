@@ -442,6 +442,9 @@ void event_unmap(struct space *s, uint64_t a, uint64_t b);
 // order.c
 bool mappings_flagged(int pid, const char *flag, uint64_t a, uint64_t b, struct ranges *out);
 bool order_put_off(struct space *s, const struct uffd_msg *m);
+bool order_swapped(struct space *s, uint32_t at, uint32_t n);
+void order_again(struct edm_engine *g, struct space *s);
+bool order_has(const struct space *s, const struct uffd_msg *m);
 bool order_put_off_removal(struct space *s, uint64_t a, uint64_t b, const struct uffd_msg *m);
 bool order_waits(const struct space *s, uint64_t page);
 void order_moved(struct space *s, uint64_t from, uint64_t n);

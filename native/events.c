@@ -217,15 +217,33 @@ static uint32_t events_left(const struct space *s) {
 
 #define QUIET_TRIES 200
 
+static void wait_a_little(void) {
+    struct timespec t = {0, 100000};
+    nanosleep(&t, NULL);
+}
+
+// Where the order of remaps is in doubt, what more there is to be read, as far as there is room: that tells it.
+static uint32_t events_more(struct space *s, uint32_t at, uint32_t n) {
+    for (int tries = 0; tries < QUIET_TRIES && n + READ_MESSAGES <= STATE_EVENTS && !order_swapped(s, at, n);) {
+        int r = s->ops->read(s, s->state->event + n, READ_MESSAGES);
+        n += r > 0 ? (uint32_t)r : 0;
+        if (r > 0)
+            continue;
+        wait_a_little();
+        tries++;
+    }
+    return n;
+}
+
 void events_again(struct edm_engine *g, struct space *s) {
     uint32_t n = events_left(s), at = (uint32_t)(s->state->event_mark % EVENT_AT);
-    if (at < n && g->state->committed > s->state->event_mark / EVENT_AT)
+    if (at < n && (g->state->committed > s->state->event_mark / EVENT_AT || order_has(s, &s->state->event[at])))
         at++;
-    for (int i = 0; i < STATE_LATE; i++)
-        s->late += s->state->late[i].event != 0;
+    order_again(g, s);
     s->unquiet = s->unsure = true;
     // A thread that is let go on may owe another event; what was put off comes behind all of them.
     for (int tries = 0; tries < QUIET_TRIES;) {
+        n = events_more(s, at, n);
         events_apply(g, s, at, n);
         if (s->dead)
             return;
@@ -237,8 +255,7 @@ void events_again(struct edm_engine *g, struct space *s) {
             continue;
         if (!s->ops->changing(s))
             break;
-        struct timespec t = {0, 100000};
-        nanosleep(&t, NULL);
+        wait_a_little();
         tries++;
     }
     order_catch_up(g, s, true);

@@ -6,13 +6,26 @@
 // wrong meanwhile.
 #include "engine.h"
 
+#include <string.h>
+
+// What a DM-Handler that takes over has found out about a remap, in a word of the message that the kernel leaves zero.
+enum { AS_READ = 1, SWAPPED };
+
 static uint64_t page_of(uint64_t address) { return address >> PAGE_SHIFT; }
+
+// Which message of the segment it was, from 1 on: killed before that one is marked, the next DM-Handler would take it
+// for two.
+static uint32_t number(const struct space *s, const struct uffd_msg *m) { return (uint32_t)(m - s->state->event) + 1; }
+
+static void late_mark(struct space *s, uint64_t committed, uint32_t at) {
+    __atomic_store_n(&s->state->late_mark, committed * EVENT_AT + at, __ATOMIC_RELEASE);
+}
 
 static bool put_off(struct space *s, const struct uffd_msg *m) {
     for (int i = 0; i < STATE_LATE; i++)
         if (!s->state->late[i].event) {
             s->state->late[i].arg = m->arg;
-            s->state->late[i].reserved3 = 0;
+            s->state->late[i].reserved3 = number(s, m);
             STATE_BARRIER();
             s->state->late[i].event = m->event;
             s->late++;
@@ -44,7 +57,77 @@ static bool others_known(const struct space *s, uint64_t a, uint64_t b) {
 // A remap to where other pages are known: what takes those away has not been read. True when it was put off.
 bool order_put_off(struct space *s, const struct uffd_msg *m) {
     uint64_t to = page_of(m->arg.remap.to), n = page_of(m->arg.remap.len);
-    return s->ops->changing && !s->adopting && others_known(s, to, to + n) && put_off(s, m);
+    if (!s->ops->changing || (s->adopting && m->reserved3 != SWAPPED))
+        return false;
+    if (s->adopting)  // others are there
+        ranges_add(&s->known, to, to + n);
+    return others_known(s, to, to + n) && put_off(s, m);
+}
+
+static bool touches(uint64_t at, const struct uffd_msg *m, uint64_t a, uint64_t b) {
+    return page_of(at) < b && a < page_of(at + m->arg.remap.len);
+}
+
+// Whether, in the order they were read in, a later remap takes away what this one brings, and none brings more.
+static bool taken_away(const struct uffd_msg *m, const struct uffd_msg *end) {
+    uint64_t a = page_of(m->arg.remap.to), b = a + page_of(m->arg.remap.len);
+    bool away = false;
+    for (const struct uffd_msg *x = m + 1; x < end; x++)
+        if (x->event == UFFD_EVENT_REMAP)
+            away = touches(x->arg.remap.to, x, a, b) ? false : away || touches(x->arg.remap.from, x, a, b);
+    return away;
+}
+
+static bool all_registered(struct space *s, uint64_t a, uint64_t b) {
+    struct ranges there = {0};
+    uint64_t e;
+    bool all = s->ops->registered(s, a, b, &there) && !ranges_gap(&there, &a, b, &e);
+    ranges_free(&there);
+    return all;
+}
+
+// Before messages [at, n) are applied by a DM-Handler that takes over, to which nothing is known yet: two remaps may
+// have been read the wrong way round. As read, the place between them is empty in the end; if it is not, the first
+// comes behind the second. False: more must be read before that can be told.
+bool order_swapped(struct space *s, uint32_t at, uint32_t n) {
+    struct uffd_msg *m = s->state->event;
+    for (uint32_t i = at; i < n; i++) {
+        if (m[i].event != UFFD_EVENT_REMAP || m[i].reserved3 || !taken_away(&m[i], m + n))
+            continue;
+        uint64_t to = page_of(m[i].arg.remap.to);
+        bool there = all_registered(s, to, to + page_of(m[i].arg.remap.len));
+        if (s->ops->changing(s))
+            return false;
+        m[i].reserved3 = there ? SWAPPED : AS_READ;
+    }
+    return true;
+}
+
+// Taking over, before any event: what was put off is put off still.
+void order_again(struct edm_engine *g, struct space *s) {
+    struct state_space *t = s->state;
+    if (g->state->committed > t->late_mark / EVENT_AT)
+        t->late[t->late_mark % EVENT_AT].event = 0;
+    late_mark(s, NOT_YET, 0);
+    for (int i = 0; i < STATE_LATE; i++) {
+        if (!t->late[i].event)
+            continue;
+        s->late++;
+        if (t->late[i].event == UFFD_EVENT_REMAP) {  // others are there
+            uint64_t to = page_of(t->late[i].arg.remap.to);
+            ranges_add(&s->known, to, to + page_of(t->late[i].arg.remap.len));
+        }
+    }
+}
+
+// Whether a message has been put off already.
+bool order_has(const struct space *s, const struct uffd_msg *m) {
+    for (int i = 0; i < STATE_LATE; i++) {
+        const struct uffd_msg *o = &s->state->late[i];
+        if (o->event == m->event && o->reserved3 == number(s, m) && !memcmp(&o->arg, &m->arg, sizeof m->arg))
+            return true;
+    }
+    return false;
 }
 
 // A removal of pages that are still to be brought there: it comes behind that.
@@ -117,6 +200,8 @@ static void unmap_as_the_kernel_says(struct space *s, uint64_t a, uint64_t b) {
 // or the end of what it brought: nothing is forgotten there before all is quiet.
 void order_unmap(struct space *s, uint64_t a, uint64_t b) {
     struct ranges late = late_in(s, a, b);
+    if (s->adopting)  // what that waits for, or what it brought: it need not wait
+        ranges_del(&s->known, a, b);
     bool doubt = late.n > 0;
     // While nobody served the program, other threads had all the time to take a place that a remap has left, and its
     // unmap comes behind what they moved there. What is known is not known yet then.
@@ -137,12 +222,14 @@ void order_catch_up(struct edm_engine *g, struct space *s, bool all) {
         uint64_t b = remap ? a + page_of(m->arg.remap.len) : page_of(m->arg.remove.end);
         if (!m->event || (remap && !all && others_known(s, a, b)) || (!remap && late_touches(s, a, b)))
             continue;
+        late_mark(s, g->seq, (uint32_t)i);
         if (remap)
             event_remap(g, s, m);
         else
             event_remove(s, a, b);
         state_commit(g);
         m->event = 0;
+        late_mark(s, NOT_YET, 0);
         s->late--;
         i = -1;
     }

@@ -9,7 +9,7 @@
 
 #include "engine.h"
 
-#define STATE_VERSION 2
+#define STATE_VERSION 3
 
 static uint64_t whole_pages(uint64_t bytes) { return (bytes + PAGE_SIZE_ - 1) & ~(PAGE_SIZE_ - 1); }
 
@@ -85,7 +85,7 @@ struct state_space *state_space_new(struct edm_engine *g) {
     struct state_space *t = &g->state_space[i];
     memset(t, 0, sizeof *t);  // the events too: the kernel must find memory there
     t->born = g->seq + 1;
-    t->event_mark = NOT_YET * EVENT_AT;
+    t->event_mark = t->late_mark = NOT_YET * EVENT_AT;
     t->uffd[0] = t->uffd[1] = t->ctl[0] = t->ctl[1] = -1;
     STATE_BARRIER();
     if (g->state->spaces <= i)

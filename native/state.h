@@ -39,6 +39,7 @@ struct state_space {
     struct uffd_msg event[STATE_EVENTS];
     // Remaps read before what made room for them (order.c), and sources of remaps whose unmap has not been read yet.
     struct uffd_msg late[STATE_LATE];
+    uint64_t late_mark;  // as event_mark, of the one being applied: that has been, if `committed` is past it
     struct state_source {
         uint64_t a, n;
     } source[STATE_LATE];

@@ -8,7 +8,8 @@ enum { A = 0x1000, B = 0x2000, C = 0x3000, D = 0x4000, N = 16 };  // places of N
 static struct edm_engine *g;
 static struct space *s;
 static struct uffd_msg queue[8];
-static int queued;
+static struct uffd_msg owed[8];  // by threads that wait for their first event to be read
+static int queued, owing;
 static bool changing_now;
 static struct ranges kernel;  // registered
 static int looks;
@@ -17,10 +18,12 @@ static int fake_read(struct space *x, struct uffd_msg *m, int max) {
     (void)x, (void)max;
     int n = queued;
     memcpy(m, queue, (size_t)n * sizeof *m);
-    queued = 0;
+    memcpy(queue, owed, (size_t)owing * sizeof *m);
+    queued = owing;
+    owing = 0;
     return n ? n : -EAGAIN;
 }
-static bool fake_changing(struct space *x) { return (void)x, changing_now; }
+static bool fake_changing(struct space *x) { return (void)x, changing_now || queued; }
 static bool fake_mapped(struct space *x, uint64_t page) { return (void)x, ranges_has(&kernel, page); }
 static int fake_wake(struct space *x, uint64_t page, uint64_t n) { return (void)x, (void)page, (void)n, 0; }
 static void fake_retire(struct space *x) { (void)x; }
@@ -49,12 +52,15 @@ static void remap_comes(uint64_t from, uint64_t to) {
     m->arg.remap.len = (uint64_t)N << PAGE_SHIFT;
 }
 
-static void unmap_comes(uint64_t a) {
-    struct uffd_msg *m = &queue[queued++];
-    *m = (struct uffd_msg){.event = UFFD_EVENT_UNMAP};
-    m->arg.remove.start = a << PAGE_SHIFT;
-    m->arg.remove.end = (a + N) << PAGE_SHIFT;
+static struct uffd_msg unmap_of(uint64_t a) {
+    struct uffd_msg m = {.event = UFFD_EVENT_UNMAP};
+    m.arg.remove.start = a << PAGE_SHIFT;
+    m.arg.remove.end = (a + N) << PAGE_SHIFT;
+    return m;
 }
+
+static void unmap_comes(uint64_t a) { queue[queued++] = unmap_of(a); }
+static void unmap_is_owed(uint64_t a) { owed[owing++] = unmap_of(a); }
 
 static void events_are_read(void) {
     pthread_mutex_lock(&g->mu);
@@ -302,6 +308,128 @@ static void moved_there_while_nobody_served(void) {
     finish();
 }
 
+// Another DM-Handler goes on with what is in the segment and what comes.
+static void another_takes_over(void) {
+    pthread_mutex_lock(&g->mu);
+    ranges_free(&s->known);
+    ranges_free(&s->doubtful);
+    s->late = 0;
+    changing_now = false;
+    s->adopting = true;
+    events_again(g, s);
+    s->adopting = false;
+    CHECK(!s->late && !queued && !s->known.n);
+    pthread_mutex_unlock(&g->mu);
+}
+
+// The remap that needs the place is read before the one that leaves it, by a DM-Handler that takes over.
+static void second_remap_is_read_first_by_another(void) {
+    begin();
+    kernel_moves(A, B);
+    kernel_moves(C, A);
+    remap_comes(C, A);
+    remap_comes(A, B);
+    unmap_is_owed(A);
+    unmap_is_owed(C);
+    another_takes_over();
+    must_be_at(A, 2);
+    must_be_at(B, 1);
+    must_be_at(C, 0);
+    finish();
+}
+
+// One after the other, with the same events: nothing is left between.
+static void moved_on_while_nobody_served(void) {
+    begin();
+    kernel_moves(C, D);
+    kernel_moves(D, B);
+    remap_comes(C, D);
+    remap_comes(D, B);
+    unmap_is_owed(C);
+    unmap_is_owed(D);
+    another_takes_over();
+    must_be_at(A, 1);
+    must_be_at(B, 2);
+    must_be_at(C, 0);
+    must_be_at(D, 0);
+    finish();
+}
+
+static void moved_on_and_others_brought_there(void) {
+    begin();
+    kernel_moves(C, D);
+    kernel_moves(D, B);
+    kernel_moves(A, D);
+    remap_comes(C, D);
+    remap_comes(D, B);
+    remap_comes(A, D);
+    unmap_is_owed(C);
+    unmap_is_owed(A);
+    another_takes_over();
+    must_be_at(A, 0);
+    must_be_at(B, 2);
+    must_be_at(C, 0);
+    must_be_at(D, 1);
+    finish();
+}
+
+static void second_remap_is_put_off(void) {
+    begin();
+    kernel_moves(A, B);
+    kernel_moves(C, A);
+    remap_comes(C, A);
+    events_are_read();
+    CHECK(s->late == 1);
+}
+
+// What was put off waits for its own event after a takeover too, not for any.
+static void another_event_comes_first(void) {
+    second_remap_is_put_off();
+    unmap_comes(D);
+    remap_comes(A, B);
+    unmap_is_owed(C);
+    unmap_is_owed(A);
+    another_takes_over();
+    must_be_at(A, 2);
+    must_be_at(B, 1);
+    must_be_at(C, 0);
+    finish();
+}
+
+// A DM-Handler is killed when it has put a remap off, and not noted that it has read it.
+static void killed_while_a_remap_is_put_off(void) {
+    second_remap_is_put_off();
+    remap_comes(C, A);
+    s->state->event[0] = queue[--queued];
+    s->state->event_mark = g->seq * EVENT_AT;
+    remap_comes(A, B);
+    unmap_is_owed(C);
+    unmap_is_owed(A);
+    another_takes_over();
+    must_be_at(A, 2);
+    must_be_at(B, 1);
+    must_be_at(C, 0);
+    finish();
+}
+
+// … or when what it had put off is in the table, and still among what is put off.
+static void killed_while_it_catches_up(void) {
+    second_remap_is_put_off();
+    struct uffd_msg late = s->state->late[0];
+    remap_comes(A, B);
+    unmap_is_owed(C);
+    unmap_is_owed(A);
+    events_are_read();
+    must_be_at(A, 2);
+    s->state->late[0] = late;
+    s->state->late_mark = (g->seq - 1) * EVENT_AT;
+    another_takes_over();
+    must_be_at(A, 2);
+    must_be_at(B, 1);
+    must_be_at(C, 0);
+    finish();
+}
+
 int main(void) {
     one_thread_moves_and_nothing_else();
     second_remap_is_read_first();
@@ -312,5 +440,11 @@ int main(void) {
     moved_there_and_unmapped_again();
     unmapped_while_its_remap_waited();
     moved_there_while_nobody_served();
+    second_remap_is_read_first_by_another();
+    moved_on_while_nobody_served();
+    moved_on_and_others_brought_there();
+    another_event_comes_first();
+    killed_while_a_remap_is_put_off();
+    killed_while_it_catches_up();
     return 0;
 }

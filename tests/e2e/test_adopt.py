@@ -96,6 +96,7 @@ def test_death_after_death_each_is_taken_over_by_hand(edm, waiting):
 def test_what_is_not_to_be_taken_over_is_refused_in_one_line(edm, program):
     process = edm.start("run", "--transport", "inproc", "--", program("working_set"), 8, 2000)
     pid, handler, _ = wait_for(process.pid, "working_set", "edm: dm-handler", "edm: sidecar")
+    os.kill(pid, signal.SIGSTOP)  # or it may be over first
     for arguments, says in (
         ((pid,), f"process {pid} is served: nothing has died"),
         ((os.getpid(),), f"process {os.getpid()} was not captured by EDM"),

@@ -324,9 +324,14 @@ static void unfetch(struct edm_engine *g, struct lspt_entry *e, const struct fet
 
 static void say_lost(struct edm_engine *g, const struct fetch_slot *fs, const struct edm_page_ref *ref, uint32_t sum) {
     static const char *const why[] = {"the memory server has nothing of it", "what came is not what was evicted",
-                                      "the memory server cannot read it", "the memory server did not answer in time"};
+                                      "the memory server cannot read it"};
+    if (ref->status == STATUS_LOST) {
+        engine_error(g, "page %#lx of region %#lx is lost: the memory server did not answer in time",
+                     (unsigned long)fs->page, (unsigned long)fs->space->region);
+        return;
+    }
     engine_error(g, "page %#lx of region %#lx is lost: %s (evicted: version %lu, CRC-32C %08x; came: %lu, %08x)",
-                 (unsigned long)fs->page, (unsigned long)fs->space->region, why[ref->status < 4 ? ref->status : 2],
+                 (unsigned long)fs->page, (unsigned long)fs->space->region, why[ref->status < 3 ? ref->status : 2],
                  (unsigned long)fs->version, fs->version ? fs->checksum : ref->checksum, (unsigned long)ref->version,
                  sum);
 }

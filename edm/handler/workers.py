@@ -202,18 +202,22 @@ class Workers:
         """
         error, began = first, time.monotonic()
         ends = self._on_loss == "kill" or (self._on_loss == "poison" and gives_up)
-        attempt = 0
+        attempt, told = 0, False
         while not self._stopping.is_set() and not isinstance(error, PeerLost):
             if ends and time.monotonic() - began >= self._patience_s:
                 break
-            self._say(f"the memory server does not answer ({error}); {self._what_next(began, ends=ends)}")
+            told |= self._say(f"the memory server does not answer ({error}); {self._what_next(began, ends=ends)}")
             if not isinstance(error, TransportTimeout):
                 time.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
             attempt += 1
             try:
-                return call()
+                answer = call()
             except TransportError as again:
                 error = again
+                continue
+            if told:
+                self._warn(f"the memory server answers again, after {time.monotonic() - began:.1f} s")
+            return answer
         raise error
 
     def _what_next(self, began: float, *, ends: bool) -> str:
@@ -223,8 +227,11 @@ class Workers:
             return f"after {self._patience_s:g} s {what}"
         return "waiting" if waited_s < 1 else f"waiting since {waited_s:.0f} s"
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str) -> bool:
+        """Warn, unless somebody has just now; whether it did."""
         now = time.monotonic()
-        if now - self._warned_at >= WARN_EVERY_S:
-            self._warned_at = now
-            self._warn(text)
+        if now - self._warned_at < WARN_EVERY_S:
+            return False
+        self._warned_at = now
+        self._warn(text)
+        return True

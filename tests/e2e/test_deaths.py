@@ -313,6 +313,7 @@ def test_a_memory_server_that_does_not_come_back(edm, program, tmp_path, on_loss
     out, err = process.communicate(timeout=80)
     assert (process.returncode, out) == (status, b""), err
     assert b"does not answer" in err
+    assert (b"is lost: the memory server did not answer in time\n" in err) == (on_loss == "poison")
     assert edm.left_behind() == ({}, [])
 
 
@@ -332,3 +333,4 @@ def test_a_memory_server_that_comes_back_late_is_waited_for(edm, program, tmp_pa
     edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
     out, err = process.communicate(timeout=80)
     assert (process.returncode, out) == (0, expected(command)), err
+    assert b"the memory server answers again, after " in err

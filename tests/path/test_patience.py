@@ -5,7 +5,6 @@ import time
 
 import attrs
 import numpy as np
-import pytest
 
 from edm.errors import PeerLost, TransportTimeout
 from edm.handler.workers import Workers
@@ -62,43 +61,6 @@ class Answers:
         pass
 
 
-@pytest.fixture
-def carry():
-    """Call it with a transport: the outbox, and what the workers failed with."""
-
-    def run(transport):
-        outbox, failures = Outbox(), []
-        workers = Workers(
-            outbox, transport, fault_threads=0, patience_s=PATIENCE_S, failed=failures.append, warn=lambda text: None
-        )
-        workers.start()
-        assert workers.join(PATIENCE_S)
-        return outbox, failures
-
-    return run
-
-
-def test_a_server_that_does_not_answer_is_asked_again(carry):
-    transport = Answers(TransportTimeout("late"), TransportTimeout("late"))
-    outbox, failures = carry(transport)
-    assert outbox.done.is_set()
-    assert transport.calls == 3
-    assert not failures
-
-
-def test_a_server_that_is_gone_for_good_ends_the_run_at_once(carry):
-    gone = PeerLost("the memory server (MPI rank 0) has ended")
-    transport, began = Answers(TransportTimeout("late"), gone), time.monotonic()
-    outbox, failures = carry(transport)
-    assert failures == [gone]
-    assert not outbox.done.is_set()
-    assert transport.calls == 2
-    assert time.monotonic() - began < PATIENCE_S / 2
-
-
-FULL = {"ok": False, "error": "the disk is full", "again": True}
-
-
 def workers_over(source, transport):
     """Workers that run, what they failed with, and what they said."""
     failures, said = [], []
@@ -107,6 +69,33 @@ def workers_over(source, transport):
     )
     workers.start()
     return workers, failures, said
+
+
+def test_a_server_that_does_not_answer_is_asked_again_and_told_of_at_the_begin_and_end():
+    outbox, transport = Outbox(), Answers(TransportTimeout("late"), TransportTimeout("late"))
+    workers, failures, said = workers_over(outbox, transport)
+    assert workers.join(PATIENCE_S)
+    assert outbox.done.is_set()
+    assert transport.calls == 3
+    assert not failures
+    begin, end = said
+    assert begin == "the memory server does not answer (late); waiting"
+    assert end.startswith("the memory server answers again, after ")
+
+
+def test_a_server_that_is_gone_for_good_ends_the_run_at_once():
+    gone = PeerLost("the memory server (MPI rank 0) has ended")
+    transport, began = Answers(TransportTimeout("late"), gone), time.monotonic()
+    outbox = Outbox()
+    workers, failures, _ = workers_over(outbox, transport)
+    assert workers.join(PATIENCE_S)
+    assert failures == [gone]
+    assert not outbox.done.is_set()
+    assert transport.calls == 2
+    assert time.monotonic() - began < PATIENCE_S / 2
+
+
+FULL = {"ok": False, "error": "the disk is full", "again": True}
 
 
 def test_a_full_store_is_waited_for_and_told_once_at_its_begin_and_end():

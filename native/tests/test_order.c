@@ -322,6 +322,13 @@ static void another_takes_over(void) {
     pthread_mutex_unlock(&g->mu);
 }
 
+static void both_have_moved(void) {
+    must_be_at(A, 2);
+    must_be_at(B, 1);
+    must_be_at(C, 0);
+    finish();
+}
+
 // The remap that needs the place is read before the one that leaves it, by a DM-Handler that takes over.
 static void second_remap_is_read_first_by_another(void) {
     begin();
@@ -332,10 +339,7 @@ static void second_remap_is_read_first_by_another(void) {
     unmap_is_owed(A);
     unmap_is_owed(C);
     another_takes_over();
-    must_be_at(A, 2);
-    must_be_at(B, 1);
-    must_be_at(C, 0);
-    finish();
+    both_have_moved();
 }
 
 // One after the other, with the same events: nothing is left between.
@@ -382,18 +386,19 @@ static void second_remap_is_put_off(void) {
     CHECK(s->late == 1);
 }
 
-// What was put off waits for its own event after a takeover too, not for any.
-static void another_event_comes_first(void) {
-    second_remap_is_put_off();
-    unmap_comes(D);
+static void first_is_read_by_another(void) {
     remap_comes(A, B);
     unmap_is_owed(C);
     unmap_is_owed(A);
     another_takes_over();
-    must_be_at(A, 2);
-    must_be_at(B, 1);
-    must_be_at(C, 0);
-    finish();
+    both_have_moved();
+}
+
+// What was put off waits for its own event after a takeover too, not for any.
+static void another_event_comes_first(void) {
+    second_remap_is_put_off();
+    unmap_comes(D);
+    first_is_read_by_another();
 }
 
 // A DM-Handler is killed when it has put a remap off, and not noted that it has read it.
@@ -402,14 +407,7 @@ static void killed_while_a_remap_is_put_off(void) {
     remap_comes(C, A);
     s->state->event[0] = queue[--queued];
     s->state->event_mark = g->seq * EVENT_AT;
-    remap_comes(A, B);
-    unmap_is_owed(C);
-    unmap_is_owed(A);
-    another_takes_over();
-    must_be_at(A, 2);
-    must_be_at(B, 1);
-    must_be_at(C, 0);
-    finish();
+    first_is_read_by_another();
 }
 
 // … or when what it had put off is in the table, and still among what is put off.
@@ -424,10 +422,7 @@ static void killed_while_it_catches_up(void) {
     s->state->late[0] = late;
     s->state->late_mark = (g->seq - 1) * EVENT_AT;
     another_takes_over();
-    must_be_at(A, 2);
-    must_be_at(B, 1);
-    must_be_at(C, 0);
-    finish();
+    both_have_moved();
 }
 
 int main(void) {

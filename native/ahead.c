@@ -4,7 +4,7 @@
 
 // How many pages may come: never into what waiting faults need, and never at the price of a page that is in use.
 static uint32_t room_ahead(const struct edm_engine *g) {
-    uint64_t used = g->resident + g->inbound + 1;
+    uint64_t used = local_pages(g) + 1;
     if (g->waiting.n || (g->limit && used >= g->limit))
         return 0;
     return g->limit && g->limit - used < MAX_FETCH ? (uint32_t)(g->limit - used) : MAX_FETCH;

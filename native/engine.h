@@ -326,7 +326,8 @@ struct edm_engine {
 
     // budget, in pages; see budget.c
     uint64_t resident, inbound, limit, high, low, batch_pages;
-    uint64_t grace;  // faults let through above the limit since nothing could be evicted
+    uint64_t put_off;  // pages of the spaces that wait to be registered: see growth.c
+    uint64_t grace;    // faults let through above the limit since nothing could be evicted
 
     struct leaf_queue {
         struct leaf *coldest, *hottest;
@@ -431,6 +432,7 @@ void space_move(struct space *s, uint64_t from, uint64_t to, uint64_t count);
 bool space_rename(struct space *s, uint64_t from, uint64_t to, uint64_t count);
 // The space as the segment has it.
 struct space *space_again(struct edm_engine *g, const struct source_ops *ops, struct state_space *state);
+static inline uint64_t local_pages(const struct edm_engine *g);
 static inline bool space_asks(const struct space *s);
 
 // ---- events.c [3-5]
@@ -592,5 +594,8 @@ void asking_serve(struct edm_engine *g, int sock);
 static inline bool space_whole(const struct space *s) {
     return s->ctl && __atomic_load_n(&s->ctl->forking, __ATOMIC_ACQUIRE);
 }
+
+// What counts against the budget.
+static inline uint64_t local_pages(const struct edm_engine *g) { return g->resident + g->inbound + g->put_off; }
 
 static inline bool space_asks(const struct space *s) { return s->asks || s->engine->cfg.ask; }

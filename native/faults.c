@@ -13,11 +13,11 @@
 #define STATUS_LOST 3
 
 static bool room(const struct edm_engine *g, const struct space *s) {
-    return !g->limit || g->resident + g->inbound < g->limit + g->grace || space_whole(s);
+    return !g->limit || local_pages(g) < g->limit + g->grace || space_whole(s);
 }
 
 static void over_high(struct edm_engine *g) {
-    if (g->high && g->resident + g->inbound > g->high)
+    if (g->high && local_pages(g) > g->high)
         pthread_cond_signal(&g->lpet_wake);
 }
 

@@ -1,23 +1,40 @@
 // Memory that grows is registered in steps, and the steps are to become one mapping again. A mapping that was touched
 // before it was registered has an anon_vma of its own, and never merges with a registered neighbour: registered at each
-// look, a heap would lie in one mapping a look. So a part of the program's memory may wait. New memory merges with what
-// waits beside it, and shares its anon_vma, as it does without EDM; when the part is reached, what has come since the
-// last look waits on and the rest, of the same anon_vma, merges with what was registered before.
-// Source: mm/vma.c is_mergeable_anon_vma, mm/rmap.c anon_vma_compatible.
+// look, a heap would lie in one mapping a look. So a part of the program's memory may wait; it counts against the
+// budget. New memory merges with what waits beside it, and shares its anon_vma, as it does without EDM; when the part
+// is reached, what has come since the last look waits on and the rest, of the same anon_vma, merges with what was
+// registered before. Source: mm/vma.c is_mergeable_anon_vma, mm/rmap.c anon_vma_compatible.
 #include <sys/ioctl.h>
 
 #include "engine.h"
 #include "pagemap_abi.h"
 
-#define PART 64         // of a program's memory, and of the budget, which it is above, may wait;
-#define YOUNG_PART 40   // of what has come since the last look, until the next one, this part
-#define LEAST_SPLIT 64  // pages of it that may wait, for a mapping to be registered in part
+#define PART 64        // of a program's memory may wait,
+#define LOCAL_PART 16  // and of the budget, together with what waits of other programs;
+#define YOUNG_PART 40  // these parts of what has come since the last look, until the next one
+#define YOUNG_LOCAL_PART 8
+#define LEAST_SPLIT 64  // pages that may wait, for a mapping to be registered in part, or for any of a budget to wait
 
-static uint64_t may_wait(const struct space *s, uint64_t part) {
-    if (s->asks || s->engine->user_mode)
+static uint64_t may_wait(const struct space *s, uint64_t part, uint64_t local_part) {
+    const struct edm_engine *g = s->engine;
+    uint64_t known = s->lspt.leaves * LEAF_PAGES / part, others = g->put_off - s->put_off;
+    if (s->asks || g->user_mode || (g->limit && g->limit / LOCAL_PART < LEAST_SPLIT))
         return 0;
-    uint64_t known = s->lspt.leaves * LEAF_PAGES / part, limit = s->engine->limit / part;
-    return s->engine->limit && limit < known ? limit : known;
+    uint64_t local = g->limit / local_part > others ? g->limit / local_part - others : 0;
+    return g->limit && local < known ? local : known;
+}
+
+static void now_waiting(struct space *s, struct ranges waiting) {
+    struct edm_engine *g = s->engine;
+    ranges_free(&s->waiting);
+    s->waiting = waiting;
+    g->put_off -= s->put_off;
+    s->put_off = 0;
+    for (uint32_t i = 0; i < waiting.n; i++)
+        s->put_off += waiting.v[i].b - waiting.v[i].a;
+    g->put_off += s->put_off;
+    if (g->high && local_pages(g) > g->high)
+        pthread_cond_signal(&g->lpet_wake);
 }
 
 // Whether a page of some was written to, so that their mapping has an anon_vma.
@@ -52,7 +69,7 @@ static struct range young(const struct space *s, const struct stretch *t) {
 void growth_put_off(struct space *s, struct unregistered *u) {
     struct ranges waiting = {0};
     uint64_t all = 0, since = 0;
-    uint64_t most = may_wait(s, PART), young_most = may_wait(s, YOUNG_PART);
+    uint64_t most = may_wait(s, PART, LOCAL_PART), young_most = may_wait(s, YOUNG_PART, YOUNG_LOCAL_PART);
     for (uint32_t i = 0; i < u->n; i++)
         all += u->v[i].b - u->v[i].a;
     for (uint32_t i = 0; i < u->n && all > most; i++) {
@@ -60,7 +77,6 @@ void growth_put_off(struct space *s, struct unregistered *u) {
         since += r.b - r.a;
     }
     bool split = since <= young_most && young_most >= LEAST_SPLIT;
-    s->put_off = 0;
     for (uint32_t i = 0; i < u->n; i++) {
         struct stretch *t = &u->v[i];
         struct range r = {t->a, all <= most ? t->b : t->a};
@@ -69,12 +85,10 @@ void growth_put_off(struct space *s, struct unregistered *u) {
         if (r.a == r.b)
             continue;
         ranges_append(&waiting, r.a, r.b);
-        s->put_off += r.b - r.a;
         if (r.a == t->a)
             t->a = r.b;
         else
             t->b = r.a;
     }
-    ranges_free(&s->waiting);
-    s->waiting = waiting;
+    now_waiting(s, waiting);
 }

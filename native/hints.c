@@ -75,7 +75,7 @@ static void hints_read(struct edm_engine *g, struct space *s, uint32_t next, boo
 
 // Some of what the program said it will need; more with the next sweep, as the LPET makes room.
 static void bring(struct edm_engine *g, struct space *s) {
-    uint64_t used = g->resident + g->inbound + g->ready.n, most = BRING_AT_ONCE;
+    uint64_t used = local_pages(g) + g->ready.n, most = BRING_AT_ONCE;
     if (g->limit)
         most = used < g->limit && !g->waiting.n ? (g->limit - used) / 2 : 0;
     most = most < s->needed_most ? most : s->needed_most;

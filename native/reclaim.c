@@ -214,8 +214,8 @@ static uint64_t reclaim_once(struct edm_engine *g, uint64_t want) {
 static void admit(struct edm_engine *g, uint32_t at_all_costs) {
     struct fault f;
     uint32_t n = g->waiting.n;
-    while (n-- > 0 && (at_all_costs || g->resident + g->inbound < g->limit) && queue_pop(&g->waiting, &f)) {
-        if (at_all_costs && g->resident + g->inbound >= g->limit) {
+    while (n-- > 0 && (at_all_costs || local_pages(g) < g->limit) && queue_pop(&g->waiting, &f)) {
+        if (at_all_costs && local_pages(g) >= g->limit) {
             at_all_costs--;
             g->grace++;
             g->count.over_limit++;
@@ -226,7 +226,7 @@ static void admit(struct edm_engine *g, uint32_t at_all_costs) {
             fault_take(g, -1, f);
         space_unref(f.space);
     }
-    if (g->resident + g->inbound < g->limit)
+    if (local_pages(g) < g->limit)
         g->grace = 0;
 }
 
@@ -244,7 +244,7 @@ void *lpet_thread(void *engine) {
     pthread_mutex_lock(&g->mu);
     while (!atomic_load(&g->stop)) {
         idle_rest(g);
-        uint64_t used = g->resident + g->inbound;
+        uint64_t used = local_pages(g);
         if (g->high && (used > g->high || g->waiting.n))
             evicting = true;
         if (used <= g->low && !g->waiting.n)

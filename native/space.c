@@ -360,6 +360,8 @@ void space_retire(struct space *s) {
     if (s->dead)
         return;
     s->dead = true;
+    g->put_off -= s->put_off;
+    s->put_off = 0;
     point(POINT_retire_begun);
     if (g->trace)
         trace_forget(g, s);

@@ -109,10 +109,10 @@ def test_multiprocessing_of_python_is_the_same(edm, tmp_path):
     report = tmp_path / "r.json"
     ran = edm.run("--transport", "inproc", "--local-memory", "4M", "--report", report, "--", *command)
     assert (ran.status, ran.out, ran.err) == (0, expected, "")
-    document = json.loads(report.read_text())
-    assert document["counters"]["processes"] >= 5  # itself, two workers each way
-    # All under one budget.
-    assert document["counters"]["peak_resident"] * 4096 <= 8 << 20
+    counters = json.loads(report.read_text())["counters"]
+    assert counters["processes"] >= 5  # itself, two workers each way
+    # All under one budget, but for what was let in above it since too much is shared since forks.
+    assert (counters["peak_resident"] - counters["over_limit"]) * 4096 <= 8 << 20
     assert edm.left_behind() == ({}, [])
 
 

@@ -1,8 +1,8 @@
-// Memory that grows in small steps: blocks of 128 KiB side by side, by mmap(2) or brk(2), each filled at once. Plain,
+// Memory that grows in steps: blocks of 128 KiB or more side by side, by mmap(2) or brk(2), each filled at once. Plain,
 // the kernel merges them into few mappings. Prints how many mappings the process has then, how many KiB of anonymous
 // memory, and how many of those are in mappings of a userfaultfd. Then blocks are resized, moved, given up and made
 // again, each as the one mapping the program made, and each page must be what was written to it. Arguments: mmap or
-// brk, number of blocks, blocks between pauses of 1 ms.
+// brk, number of blocks, blocks between pauses of 1 ms, KiB of a block.
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <stdio.h>
@@ -12,7 +12,8 @@
 #include <unistd.h>
 
 #define PAGE 4096u
-#define PAGES 32u  // of a block
+
+static unsigned block_pages;
 
 struct block {
     char *at;
@@ -21,12 +22,12 @@ struct block {
 
 static void fill(struct block *b, unsigned from, uint64_t number) {
     for (unsigned i = from; i < b->pages; i++)
-        *(uint64_t *)(b->at + i * PAGE + i * 8) = (number << 32 | b->turn) * 64 + i;
+        *(uint64_t *)(b->at + i * PAGE + i % 512 * 8) = (number << 32 | b->turn) * 1024 + i;
 }
 
 static void check(const struct block *b, uint64_t number) {
     for (unsigned i = 0; i < b->pages; i++)
-        if (*(uint64_t *)(b->at + i * PAGE + i * 8) != (number << 32 | b->turn) * 64 + i) {
+        if (*(uint64_t *)(b->at + i * PAGE + i % 512 * 8) != (number << 32 | b->turn) * 1024 + i) {
             printf("block %u, page %u is not what was written\n", (unsigned)number, i);
             exit(1);
         }
@@ -64,9 +65,9 @@ static void count(void) {
 static void change(struct block *b, unsigned number) {
     switch (number % 7) {
     case 0:
-        b->at = must(mremap(b->at, b->pages * PAGE, (PAGES + 4) * PAGE, MREMAP_MAYMOVE), "mremap");
-        b->pages = PAGES + 4;
-        fill(b, PAGES, number);
+        b->at = must(mremap(b->at, b->pages * PAGE, (block_pages + 4) * PAGE, MREMAP_MAYMOVE), "mremap");
+        b->pages = block_pages + 4;
+        fill(b, block_pages, number);
         break;
     case 2: {
         char *to = make(b->pages);
@@ -86,13 +87,14 @@ static void change(struct block *b, unsigned number) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 4)
+    if (argc != 5)
         return 2;
     unsigned n = (unsigned)atoi(argv[2]), pause = (unsigned)atoi(argv[3]);
+    block_pages = (unsigned)atoi(argv[4]) / 4;
     int by_brk = !strcmp(argv[1], "brk");
     struct block *b = calloc(n, sizeof *b);
     for (unsigned i = 0; b && i < n; i++) {
-        b[i] = (struct block){by_brk ? must(sbrk(PAGES * PAGE), "sbrk") : make(PAGES), PAGES, 0};
+        b[i] = (struct block){by_brk ? must(sbrk(block_pages * PAGE), "sbrk") : make(block_pages), block_pages, 0};
         fill(&b[i], 0, i);
         if (i % pause == 0)
             usleep(1000);

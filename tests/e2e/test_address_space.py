@@ -16,20 +16,23 @@ from hypothesis import strategies as st
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(200)]
 
 PAGES, THREADS = 160, 3  # as in programs/fuzzed.c
-CALLS = "wwwwwwwrrrrrddffpqnoaaammmDDeeuuxxkkvvlLbOORSS"
-BUDGET = ("--transport", "inproc", "--local-memory", "1M", "--write-back", "256K")
+CALLS = "wwwwwwwrrrrrddffpqnoaaammmDDeeuuxxkkvvlLbOORSSGM"
+GROWTH = "GGGGGGGGMMBBwrum"
+SMALL, LARGE = ("1M", 0), ("16M", 24)
+"""Local memory, and MiB more that are looked at: with the second, memory that grows is captured in part."""
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 SOAK_FROM = int(os.environ.get("EDM_SOAK_FROM", "1000"))
 
 page = st.integers(0, PAGES - 1)
-line = st.tuples(
-    st.integers(0, THREADS - 1),
-    st.one_of(st.sampled_from(CALLS), st.sampled_from(CALLS), st.sampled_from(CALLS), st.sampled_from(CALLS + "F")),
-    page,
-    st.one_of(st.integers(1, 4), st.integers(1, 48)),
-    page,
-)
-script = st.lists(line, min_size=1, max_size=400)
+count = st.one_of(st.integers(1, 4), st.integers(1, 48))
+
+
+def script(calls):
+    letters = st.one_of(*[st.sampled_from(each) for each in (calls, calls, calls, calls + "F")])
+    return st.lists(st.tuples(st.integers(0, THREADS - 1), letters, page, count, page), min_size=1, max_size=400)
+
+
+SCRIPTS = {SMALL: script(CALLS), LARGE: script(CALLS + 4 * GROWTH)}
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +40,29 @@ def fuzzed(program):
     return program("fuzzed")
 
 
-def compare(edm, fuzzed, lines, rounds=3):
+def budget(local_memory):
+    return ("--transport", "inproc", "--local-memory", local_memory, "--write-back", "256K")
+
+
+def compare(edm, fuzzed, size, lines, rounds=3):
+    local_memory, more = size
     path = edm.directory / "script"
     path.write_text("".join("{} {} {} {} {}\n".format(*each) for each in lines))
-    command = (fuzzed, path, str(rounds))
+    command = (fuzzed, path, str(rounds), str(more))
     plain = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert plain.returncode == 0, plain.stdout
-    ran = edm.run(*BUDGET, "--", *command, timeout=120)
+    ran = edm.run(*budget(local_memory), "--", *command, timeout=120)
     assert (ran.status, ran.out, ran.err) == (0, plain.stdout, "")
 
 
-def check(edm, fuzzed, number, examples):
+def check(edm, fuzzed, size, number, examples):
     """One run of hypothesis, the same for each number."""
 
     @seed(number)
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(script)
+    @given(SCRIPTS[size])
     def every_byte_is_as_it_must_be(lines):
-        compare(edm, fuzzed, lines)
+        compare(edm, fuzzed, size, lines)
 
     every_byte_is_as_it_must_be()
 
@@ -62,7 +70,7 @@ def check(edm, fuzzed, number, examples):
 def test_threads_that_remap_what_others_have_left(edm, program, tmp_path):
     command, report = (program("stamped"), "6000"), tmp_path / "report.json"
     plain = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    ran = edm.run(*BUDGET, "--report", report, "--", *command)
+    ran = edm.run(*budget("1M"), "--report", report, "--", *command)
     assert (ran.status, ran.out, ran.err) == (0, plain.stdout, "")
     counters = json.loads(report.read_text())["counters"]
     assert counters["evictions"] > 1000
@@ -70,15 +78,17 @@ def test_threads_that_remap_what_others_have_left(edm, program, tmp_path):
     assert counters["internal_errors"] == counters["lost"] == 0
 
 
-def test_every_byte_is_as_it_must_be(edm, fuzzed):
-    check(edm, fuzzed, 1, 12)
+@pytest.mark.parametrize(("size", "examples"), [(SMALL, 10), (LARGE, 3)], ids=["small", "large"])
+def test_every_byte_is_as_it_must_be(edm, fuzzed, size, examples):
+    check(edm, fuzzed, size, 1, examples)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(SOAK_S + 600)
-def test_every_byte_is_as_it_must_be_for_long(edm, fuzzed):
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
+def test_every_byte_is_as_it_must_be_for_long(edm, fuzzed, size):
     end, number = time.monotonic() + SOAK_S, SOAK_FROM
     while time.monotonic() < end:
         number += 1
-        check(edm, fuzzed, number, 40)
-    print(f"{(number - SOAK_FROM) * 40} scripts")
+        check(edm, fuzzed, size, number, 20)
+        print(f"{(number - SOAK_FROM) * 20} scripts", flush=True)

@@ -1,7 +1,7 @@
 """Real programs in a quarter of the memory they need, evicted all the while: what they compute is the same.
 
-The quick form is one run each. `make soak` runs them for EDM_SOAK_S seconds (600) in all, each run at another budget and
-with another transport and store: 20 runs of a program are all pairs of these.
+The quick form is one run each. `make soak` runs them for EDM_SOAK_S seconds (600) in all, each run at another budget
+and with another transport and store: 20 runs of a program are all pairs of these.
 """
 
 import itertools
@@ -124,8 +124,9 @@ def test_program_for_as_long_as_one_likes(edm, ready, tmp_path, workload):
     """Each program has its part of the time, so that one that fails keeps no other from its turn."""
     if workload.missing:
         pytest.skip(workload.missing)
-    end, rounds = time.monotonic() + SOAK_S / len(WORKLOADS), 0
-    for (transport, store), share in zip(itertools.cycle(WAYS), itertools.cycle([0.25, 0.5, 0.12, 0.8])):
+    end = time.monotonic() + SOAK_S / len(WORKLOADS)
+    ways = zip(itertools.cycle(WAYS), itertools.cycle([0.25, 0.5, 0.12, 0.8]))
+    for number, ((transport, store), share) in enumerate(ways, 1):
         run_evicted(
             edm,
             ready,
@@ -136,7 +137,6 @@ def test_program_for_as_long_as_one_likes(edm, ready, tmp_path, workload):
             transport=transport,
             store=store,
         )
-        rounds += 1
-        print(f"{rounds} runs, the last in {share} of its need over {transport} into {store}", flush=True)
+        print(f"{number} runs, the last in {share} of its need over {transport} into {store}", flush=True)
         if time.monotonic() > end:
             return

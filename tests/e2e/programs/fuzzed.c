@@ -2,8 +2,9 @@
 // line of the script is "THREAD CALL PAGE COUNT TO"; what makes no sense at that moment is left out. A thread's first
 // OWN pages are an area of its own; the others are stripes that lie between those of the other threads, in mappings
 // that all of them split, move, join and drop at once. The first thread is the main one: its stack is the one the
-// kernel grows. Prints one line that is the same wherever its memory is. Exit 1 on a wrong byte, 2 on a call that
-// failed.
+// kernel grows. With MIB, so much memory more is looked at all the while, a few pages a line: with as much captured,
+// and a budget to match, memory that grows is captured in part (native/growth.c). Prints one line that is the same
+// wherever its memory is. Exit 1 on a wrong byte, 2 on a call that failed.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -25,6 +26,8 @@
 #define DIRECT 8  // pages of one O_DIRECT transfer
 #define THREADS 3
 #define MOST 4096  // lines a thread
+#define BLOCKS 64  // that a thread lets its memory grow by
+#define LOOKS 4    // at pages of the further memory, a line
 
 enum access { HOLE, NONE, READ, WRITE };
 
@@ -41,17 +44,28 @@ struct line {
     char call;
 };
 
+// One mapping, as it was made, beside what other threads have made.
+struct block {
+    char *at;
+    int pages;
+    uint64_t value;  // of its first page
+};
+
 struct owner {
     int number, lines, at, pipe[2], file;
     char *base;
     uint64_t values, heap_value;
     uint32_t mappings;
     struct page p[PAGES];
+    struct block block[BLOCKS];
+    int blocks;
+    uint64_t chance;
     struct line line[MOST];
 };
 
 static struct owner owner[THREADS];
-static char *stripes;
+static char *stripes, *more;
+static uint64_t more_pages, next = 1ul << 44;  // where nothing else is
 static pthread_barrier_t all_there;
 static int rounds, without_direct;
 
@@ -270,10 +284,17 @@ static void read_by_the_kernel(const struct owner *o, int page, int count) {
         check(o, bytes + (size_t)i * PAGE, page + i, "by process_vm_readv");
 }
 
+static void look_at_block(const struct owner *o, const struct block *b);
+static void fill_block(struct owner *o, struct block *b, int from);
+
 static void fork_and_look(struct owner *o) {
     pid_t child = fork();
     if (child == 0) {
         look(o, 0, PAGES, "in the child");
+        for (int i = 0; i < o->blocks; i++) {
+            look_at_block(o, &o->block[i]);
+            fill_block(o, &o->block[i], 0);
+        }
         for (int i = 0; i < PAGES; i += 3)
             if (o->p[i].access == WRITE)
                 fill(o, i);
@@ -309,6 +330,74 @@ static void lock(struct owner *o, int page, int count, int locked) {
         o->p[i].locked = (uint8_t)locked;
         if (!locked)  // the kernel need not merge what it has split
             o->p[i].mapping = ++o->mappings;
+    }
+}
+
+static void fill_block(struct owner *o, struct block *b, int from) {
+    for (int i = from; i < b->pages; i++)
+        for (uint64_t k = 0; k < PAGE / 8; k += 73)
+            ((uint64_t *)(b->at + (size_t)i * PAGE))[k] = word(b->value + (uint64_t)i, k);
+    o->values += (uint64_t)(b->pages - from);
+}
+
+static void look_at_block(const struct owner *o, const struct block *b) {
+    for (int i = 0; i < b->pages; i++)
+        for (uint64_t k = 0; k < PAGE / 8; k += 73) {
+            uint64_t is = ((uint64_t *)(b->at + (size_t)i * PAGE))[k];
+            if (is != word(b->value + (uint64_t)i, k))
+                stop(1, "thread %d, line %d: page %d of a block of %d, word %d is %#llx\n", o->number, o->at, i,
+                     b->pages, (int)k, (unsigned long long)is);
+        }
+}
+
+// Side by side, downwards, those of all threads in turn.
+static char *next_block(const struct owner *o, int pages, int map) {
+    size_t bytes = (size_t)pages * PAGE;
+    char *to = (char *)__atomic_sub_fetch(&next, bytes, __ATOMIC_RELAXED);
+    if (map)
+        need(o,
+             mmap(to, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == to);
+    return to;
+}
+
+static void grow(struct owner *o, int count) {
+    if (o->blocks == BLOCKS)
+        return;
+    struct block *b = &o->block[o->blocks++];
+    *b = (struct block){next_block(o, count, 1), count, (o->values + 1) * 256 + (uint64_t)o->number * 64};
+    fill_block(o, b, 0);
+}
+
+static void change_block(struct owner *o, struct block *b, int count) {
+    size_t was = (size_t)b->pages * PAGE, bytes = (size_t)count * PAGE;
+    look_at_block(o, b);
+    if (count > b->pages) {
+        char *to = next_block(o, count, 0);
+        need(o, mremap(b->at, was, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to);
+        b->at = to;
+    } else {
+        need(o, mremap(b->at, was, bytes, 0) == b->at);
+    }
+    int from = b->pages;
+    b->pages = count;
+    if (count > from)
+        fill_block(o, b, from);
+    look_at_block(o, b);
+}
+
+static void give_block_back(struct owner *o, struct block *b) {
+    look_at_block(o, b);
+    need(o, !munmap(b->at, (size_t)b->pages * PAGE));
+    *b = o->block[--o->blocks];
+}
+
+static void look_at_more(struct owner *o) {
+    for (int i = 0; more_pages && i < LOOKS; i++) {
+        o->chance = o->chance * 6364136223846793005ull + 1442695040888963407ull;
+        uint64_t page = (o->chance >> 33) % more_pages, is = *(uint64_t *)(more + page * PAGE);
+        if (is != word(page + 1, 0))
+            stop(1, "thread %d, line %d: page %llu of the further memory is %#llx\n", o->number, o->at,
+                 (unsigned long long)page, (unsigned long long)is);
     }
 }
 
@@ -395,6 +484,17 @@ static void carry_out(struct owner *o, const struct line *l) {
     case 'b':
         heap(o, count);
         break;
+    case 'G':
+        grow(o, l->count);
+        break;
+    case 'M':
+        if (o->blocks)
+            change_block(o, &o->block[l->to % o->blocks], l->count);
+        break;
+    case 'B':
+        if (o->blocks)
+            give_block_back(o, &o->block[l->to % o->blocks]);
+        break;
     case 'F':
         fork_and_look(o);
         break;
@@ -428,15 +528,17 @@ static void *work(void *arg) {
     pthread_barrier_wait(&all_there);
     for (int r = 0; r < rounds; r++)
         for (o->at = 0; o->at < o->lines; o->at++)
-            carry_out(o, &o->line[o->at]);
+            look_at_more(o), carry_out(o, &o->line[o->at]);
     look(o, 0, PAGES, "at the end");
+    for (int i = 0; i < o->blocks; i++)
+        look_at_block(o, &o->block[i]);
     return NULL;
 }
 
 int main(int argc, char **argv) {
-    FILE *f = argc == 3 ? fopen(argv[1], "r") : NULL;
+    FILE *f = argc == 4 ? fopen(argv[1], "r") : NULL;
     if (!f)
-        stop(3, "usage: fuzzed SCRIPT ROUNDS\n");
+        stop(3, "usage: fuzzed SCRIPT ROUNDS MIB\n");
     rounds = atoi(argv[2]);
     struct line l;
     while (fscanf(f, "%d %c %d %d %d", &l.thread, &l.call, &l.page, &l.count, &l.to) == 5) {
@@ -446,11 +548,17 @@ int main(int argc, char **argv) {
         owner[l.thread].line[owner[l.thread].lines++] = l;
     }
     fclose(f);
+    more_pages = (uint64_t)atoi(argv[3]) << 8;
+    if (more_pages)
+        more = area(&owner[0], more_pages);
+    for (uint64_t i = 0; i < more_pages; i++)
+        *(uint64_t *)(more + i * PAGE) = word(i + 1, 0);
     pthread_t t[THREADS];
     pthread_barrier_init(&all_there, NULL, THREADS);
     stripes = area(&owner[0], THREADS * (PAGES - OWN));
     for (int i = 0; i < THREADS; i++) {
         owner[i].number = i;
+        owner[i].chance = (uint64_t)i;
         owner[i].file = open_file(&owner[i], argv[1]);
         need(&owner[i], !pipe(owner[i].pipe));
     }

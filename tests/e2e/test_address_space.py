@@ -19,7 +19,7 @@ PAGES, THREADS = 160, 3  # as in programs/fuzzed.c
 CALLS = "wwwwwwwrrrrrddffpqnoaaammmDDeeuuxxkkvvlLbOORSSGM"
 GROWTH = "GGGGGGGGMMBBwrum"
 SMALL, LARGE = ("1M", 0), ("16M", 24)
-"""Local memory, and MiB more that are looked at: with the second, memory that grows is captured in part."""
+"""Local memory, and MiB more that are looked at: in the second, memory that grows may wait (native/growth.c)."""
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 SOAK_FROM = int(os.environ.get("EDM_SOAK_FROM", "1000"))
 

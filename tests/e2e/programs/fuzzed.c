@@ -2,8 +2,8 @@
 // line of the script is "THREAD CALL PAGE COUNT TO"; what makes no sense at that moment is left out. A thread's first
 // OWN pages are an area of its own; the others are stripes that lie between those of the other threads, in mappings
 // that all of them split, move, join and drop at once. The first thread is the main one: its stack is the one the
-// kernel grows. With MIB, so much memory more is looked at all the while, a few pages a line: with as much captured,
-// and a budget to match, memory that grows is captured in part (native/growth.c). Prints one line that is the same
+// kernel grows. With MIB, so much memory more is looked at all the while, a few pages a line, for a budget in which
+// memory that grows may wait (native/growth.c). Prints one line that is the same
 // wherever its memory is. Exit 1 on a wrong byte, 2 on a call that failed.
 #define _GNU_SOURCE
 #include <errno.h>

@@ -115,7 +115,7 @@ def expected(command):
     ],
 )
 def test_after_a_death_the_program_goes_on(edm, running, transport, victim):
-    process, command = running(transport, megabytes=8, rounds=60 if transport == "inproc" else 20)
+    process, command = running(transport, megabytes=8, rounds=60 if transport == "inproc" else 30)
     first, working, _ = wait_for(process.pid, victim, "working_set", "edm: sidecar")
     kill_while_at_work(first, working)
     out, err = process.communicate(timeout=80)
@@ -320,7 +320,7 @@ def test_a_memory_server_that_does_not_come_back(edm, program, tmp_path, on_loss
 def test_a_memory_server_that_comes_back_late_is_waited_for(edm, program, tmp_path):
     endpoint = f"ipc://{tmp_path}/pages.sock"
     server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
-    command = (program("working_set"), 8, 10)
+    command = (program("working_set"), 8, 30)
     process = edm.start(
         *("run", "--dms", endpoint, "--local-memory", "2M", "--patience-s", 0.5),
         *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2", "--", *command),

@@ -1,6 +1,13 @@
 """Every store of EDM, under each of its sync policies and with packing, passes the contracts it ships."""
 
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
 from edm.testing import PageStoreContract, SptStoreContract
+from edm.testing.store_machines import PageMachine, SptMachine
+from edm.testing.stores import open_store
 
 
 class TestMemorySpt(SptStoreContract):
@@ -71,3 +78,16 @@ class TestLmdbPagesZeros(PageStoreContract):
     store = "lmdb"
     options = {"sync": "none", "elide_zeros": True}
     examples = 10
+
+
+@pytest.mark.parametrize(("machine", "kind"), [(PageMachine, "page_store"), (SptMachine, "spt_store")])
+def test_a_history_that_ends_badly_is_closed_and_leaves_no_directory(machine, kind):
+    opened = staticmethod(lambda path: open_store(kind, "file", path, {}))
+    history = type("History", (machine,), {"open_store": opened, "durable": True})()
+    scratch = Path(history._scratch.name)
+    history._store.close()
+    history._store = Mock(stat=Mock(side_effect=AssertionError("bad")), regions=Mock(side_effect=AssertionError("bad")))
+    with pytest.raises(AssertionError, match="bad"):
+        history.teardown()
+    history._store.close.assert_called_once_with()
+    assert not scratch.exists()

@@ -7,7 +7,8 @@ import json
 import queue
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -16,6 +17,9 @@ from edm.peers import peer_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+RETRY_S: Final = 0.1
+JOIN_S: Final = 5.0
 
 
 @attrs.frozen
@@ -36,7 +40,9 @@ class Control:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen()
-        threading.Thread(target=self._accept, name="edm-control", daemon=True).start()
+        self._closing = False
+        self._accepting = threading.Thread(target=self._accept, name="edm-control", daemon=True)
+        self._accepting.start()
 
     def send(self, role: str, command: str, **details: str) -> bool:
         """Send a command to a process; False if it is not there."""
@@ -51,6 +57,11 @@ class Control:
 
     def close(self) -> None:
         """Hang up on everybody."""
+        self._closing = True
+        with contextlib.suppress(OSError):  # closed already
+            # close(2) leaves a thread in accept(2), and a signal begins that again: on whatever has the number by then.
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join(JOIN_S)
         self._listener.close()
         for peer in list(self._peers.values()):
             try:
@@ -63,7 +74,10 @@ class Control:
             try:
                 peer, _ = self._listener.accept()
             except OSError:
-                return
+                if self._closing:
+                    return
+                time.sleep(RETRY_S)  # no descriptor or memory for it: who has connected waits, and so do we
+                continue
             if not peer_of(peer).trusted:
                 peer.close()
                 continue

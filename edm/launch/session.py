@@ -319,7 +319,8 @@ class Session:
                     processes.send_group(process.pid, signal.SIGKILL)
                 if self._revival.late():
                     processes.send_group(process.pid, signal.SIGKILL)
-                    self._give_up(f"no sign of the {' and '.join(sorted(self._waiting_for))} after {READY_S:.0f} s")
+                    missing = " and ".join(sorted(self._waiting_for))
+                    self._give_up(f"no sign of the {missing} after {READY_S:.0f} s: {self._log_tail()}")
                     return
                 continue
             if self._revival.bereaved():

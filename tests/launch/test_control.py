@@ -1,7 +1,11 @@
 """What the launcher hears from its processes, down to the way they hang up."""
 
 import json
+import os
+import resource
 import socket
+import threading
+import time
 
 import pytest
 
@@ -57,3 +61,33 @@ def test_what_is_no_message_is_an_error(control, peer):
     peer.sendall(b"nonsense\n")
     assert heard(control) == ("dms", "error")
     assert heard(control) == ("dms", "gone")
+
+
+def test_who_connects_while_there_is_no_descriptor_is_heard_later(control, tmp_path):
+    lines = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(lines[0].fileno())]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 64, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.dup(lines[0].fileno()))
+        for line, event in zip(lines, ("first", "second"), strict=True):  # accept(2) may have one for the first
+            line.connect(str(tmp_path / "control.sock"))
+            say(line, event)
+        time.sleep(0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in taken:
+            os.close(descriptor)
+    assert {heard(control), heard(control)} == {("dms", "first"), ("dms", "second")}
+    for line in lines:
+        line.close()
+
+
+def test_who_is_closed_accepts_nothing_more(tmp_path):
+    before = set(threading.enumerate())
+    control = Control(tmp_path / "control.sock")
+    control.close()
+    assert set(threading.enumerate()) == before
+    control.close()

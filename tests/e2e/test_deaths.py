@@ -320,7 +320,7 @@ def test_a_memory_server_that_does_not_come_back(edm, program, tmp_path, on_loss
 def test_a_memory_server_that_comes_back_late_is_waited_for(edm, program, tmp_path):
     endpoint = f"ipc://{tmp_path}/pages.sock"
     server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
-    command = (program("working_set"), 8, 30)
+    command = (program("working_set"), 8, 100)
     process = edm.start(
         *("run", "--dms", endpoint, "--local-memory", "2M", "--patience-s", 0.5),
         *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2", "--", *command),

@@ -320,13 +320,13 @@ def test_a_memory_server_that_does_not_come_back(edm, program, tmp_path, on_loss
 def test_a_memory_server_that_comes_back_late_is_waited_for(edm, program, tmp_path):
     endpoint = f"ipc://{tmp_path}/pages.sock"
     server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
-    command = (program("working_set"), 8, 100)
+    command = (program("working_set"), 8, 60)
     process = edm.start(
         *("run", "--dms", endpoint, "--local-memory", "2M", "--patience-s", 0.5),
         *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2", "--", *command),
     )
-    wait_for(process.pid, "edm: sidecar")
-    server.kill()
+    pid, _ = wait_for(process.pid, "working_set", "edm: sidecar")
+    kill_while_at_work(server.pid, pid)
     server.wait(10)
     time.sleep(3)
     assert process.poll() is None

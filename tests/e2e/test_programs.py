@@ -46,9 +46,12 @@ def results_of(built):
     return [path.read_bytes() for path in built.results]
 
 
-def run_evicted(edm, ready, report, workload, *, size, share, transport, store):
-    """Run a workload in `share` of its need and compare; returns the report."""
-    built, out, results, need = ready(workload, size)
+def run_evicted(edm, ready, report, workload, share, way):
+    """Run a workload in `share` of its need and compare; returns the report. way: transport and store."""
+    if workload.missing:
+        pytest.skip(workload.missing)
+    transport, store = way
+    built, out, results, need = ready(workload, workload.sizes[0])
     budget = max(LEAST_BYTES, int(need * share))
     arguments = ("--transport", transport, "--store", store, "--local-memory", budget, "--report", report)
     above = max(0, need - workload.beside_bytes - budget)
@@ -71,18 +74,7 @@ def run_evicted(edm, ready, report, workload, *, size, share, transport, store):
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
 def test_program_in_a_quarter_of_its_need(edm, ready, tmp_path, workload):
-    if workload.missing:
-        pytest.skip(workload.missing)
-    run_evicted(
-        edm,
-        ready,
-        tmp_path / "r.json",
-        workload,
-        size=workload.sizes[0],
-        share=0.25,
-        transport=workload.transport,
-        store=workload.store,
-    )
+    run_evicted(edm, ready, tmp_path / "r.json", workload, 0.25, (workload.transport, workload.store))
     assert edm.left_behind() == ({}, [])
 
 
@@ -122,21 +114,10 @@ def test_every_vm_method_of_stress_ng_verifies(edm, tmp_path, method):
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
 def test_program_for_as_long_as_one_likes(edm, ready, tmp_path, workload):
     """Each program has its part of the time, so that one that fails keeps no other from its turn."""
-    if workload.missing:
-        pytest.skip(workload.missing)
     end = time.monotonic() + SOAK_S / len(WORKLOADS)
     ways = zip(itertools.cycle(WAYS), itertools.cycle([0.25, 0.5, 0.12, 0.8]))
-    for number, ((transport, store), share) in enumerate(ways, 1):
-        run_evicted(
-            edm,
-            ready,
-            tmp_path / "r.json",
-            workload,
-            size=workload.sizes[0],
-            share=share,
-            transport=transport,
-            store=store,
-        )
-        print(f"{number} runs, the last in {share} of its need over {transport} into {store}", flush=True)
+    for number, (way, share) in enumerate(ways, 1):
+        run_evicted(edm, ready, tmp_path / "r.json", workload, share, way)
+        print(f"{number} runs, the last in {share} of its need by {' and '.join(way)}", flush=True)
         if time.monotonic() > end:
             return

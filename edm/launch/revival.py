@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 WINDOW_S: Final = 60.0
 REST_S: Final = 2.0
-"""How long what was started together with the dead may take to end by itself."""
+"""How long a holder's end may be known before the last word of who had it."""
+TOGETHER_S: Final = 0.1
+"""How long what was started together with the dead may take to end by itself: mpiexec does not."""
 READY_S: Final = 60.0
 MODULES: Final = {"dms": "edm.dms.process", "dm-handler": "edm.handler.process"}
 
@@ -113,7 +115,7 @@ class Revival:
     def overdue(self, number: int, process: subprocess.Popen[bytes]) -> bool:
         """Whether what was started together with the dead should have ended by now."""
         since = self._lost.get(number) if self.started.get(number) is process else self._began
-        return since is not None and time.monotonic() - since > REST_S
+        return since is not None and time.monotonic() - since > TOGETHER_S
 
     def restarted(self, number: int, process: subprocess.Popen[bytes]) -> None:
         """Note that a command was started again: the time it may take begins."""

@@ -75,7 +75,7 @@ def after_a_death(session, holder, tmp_path):
 
 def test_who_was_gone_before_anybody_looked_is_started_again(session, after_a_death, monkeypatch):
     """It was waited for until the minute in which everybody must be ready was over, and the program was ended."""
-    monkeypatch.setattr(revival, "REST_S", 0.1)
+    monkeypatch.setattr(revival, "TOGETHER_S", 0.1)
     monkeypatch.setattr(revival, "READY_S", 30.0)
     assert after_a_death(1, "dies") == 3
     assert session._failure is None

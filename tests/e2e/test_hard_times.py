@@ -26,7 +26,7 @@ def held(edm, program):
         flag = edm.directory / "point"
         flag.write_text(f"dm-handler {point} hold 40\n")
         edm.environment[VARIABLE] = str(flag)
-        command = (program("working_set"), 8, 6)
+        command = (program("working_set"), 8, 60)
         arguments = ("--transport", "inproc", "--store", "lmdb", "--local-memory", "2M", *options)
         process = edm.start("run", *arguments, "--", *command)
         end = time.monotonic() + 40

@@ -115,7 +115,7 @@ def expected(command):
     ],
 )
 def test_after_a_death_the_program_goes_on(edm, running, transport, victim):
-    process, command = running(transport, megabytes=8, rounds=60 if transport == "inproc" else 30)
+    process, command = running(transport, megabytes=8, rounds=60)
     first, working, _ = wait_for(process.pid, victim, "working_set", "edm: sidecar")
     kill_while_at_work(first, working)
     out, err = process.communicate(timeout=80)

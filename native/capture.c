@@ -318,6 +318,10 @@ static bool look_at_spaces(struct edm_engine *g) {
             i = (uint32_t)-1;  // the table has changed
             continue;
         }
+        if (!s->ready && s->sidecar_fd >= 0 && !s->bare_ns) {
+            s->bare_ns = now_ns();
+            g->count.sidecars_lost++;
+        }
         s->unwatched = s->unwatched && uffd_watch(s);
         order_settle(g, s);
         uint32_t given = hints_given(s);

@@ -75,9 +75,10 @@ struct edm_counters {
     uint64_t events_unmap;
     uint64_t joined; /* pages that were there before their mapping was captured */
     uint64_t sweeps;
-    uint64_t processes; /* address spaces captured so far */
-    uint64_t spaces;    /* … alive now */
-    uint64_t resident;  /* pages now; one that processes share since a fork counts once a process */
+    uint64_t growth_cuts; /* stretches of which a part was captured and the rest left to grow: native/growth.c */
+    uint64_t processes;   /* address spaces captured so far */
+    uint64_t spaces;      /* … alive now */
+    uint64_t resident;    /* pages now; one that processes share since a fork counts once a process */
     uint64_t peak_resident;
     uint64_t staged; /* pages in the write-back buffer now */
     uint64_t remote; /* pages only the DMS holds now */
@@ -85,12 +86,13 @@ struct edm_counters {
     uint64_t high_pages;
     uint64_t low_pages;
     uint64_t lspt_bytes;
-    uint64_t ahead;           /* pages brought ahead whose stream has been heard of again or given up */
-    uint64_t ahead_useful;    /* … of those, the stream went on behind them */
-    uint64_t hints;           /* of madvise(2) that were followed */
-    uint64_t hinted;          /* pages brought since a program said it will need them */
-    uint64_t asked;           /* pages that the DMS was asked for and has not brought, now */
-    uint64_t bare;            /* address spaces of which nothing can be evicted any more: their sidecar has gone */
+    uint64_t ahead;        /* pages brought ahead whose stream has been heard of again or given up */
+    uint64_t ahead_useful; /* … of those, the stream went on behind them */
+    uint64_t hints;        /* of madvise(2) that were followed */
+    uint64_t hinted;       /* pages brought since a program said it will need them */
+    uint64_t asked;        /* pages that the DMS was asked for and has not brought, now */
+    uint64_t bare; /* address spaces of which nothing can be evicted any more: their sidecar went a second ago */
+    uint64_t sidecars_lost;   /* … so far, as soon as it is seen */
     uint64_t internal_errors; /* states that should not occur; the first is in edm_error */
 };
 

@@ -12,6 +12,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define BARE_NS 1000000000u  // a sidecar ends with its program, a moment before that is seen
+
 uint64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -260,9 +262,10 @@ void edm_engine_counters(struct edm_engine *g, struct edm_counters *out) {
     out->limit_pages = g->limit;
     out->high_pages = g->high;
     out->low_pages = g->low;
+    uint64_t now = now_ns();
     for (uint32_t i = 0; i < g->nspaces; i++) {
         out->spaces += !g->space[i]->dead;
-        out->bare += !g->space[i]->dead && g->space[i]->sidecar_fd >= 0 && !g->space[i]->ready;
+        out->bare += !g->space[i]->dead && g->space[i]->bare_ns && now - g->space[i]->bare_ns > BARE_NS;
         out->lspt_bytes += g->space[i]->lspt.leaves * sizeof(struct leaf);
     }
     pthread_mutex_unlock(&g->mu);

@@ -222,6 +222,7 @@ struct space {
     struct edm_ctl *ctl;
     uint64_t staging, anchor;
     uint64_t vsz, changed_ns, swept_ns;
+    uint64_t bare_ns;       // when its sidecar was first seen to have gone; 0: it has not
     uint64_t put_off;       // pages seen, and left unregistered for now
     struct ranges waiting;  // which, a range a mapping: see growth.c
     bool held_seen;         // adopted: what was registered before is known

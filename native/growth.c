@@ -84,6 +84,7 @@ void growth_put_off(struct space *s, struct unregistered *u) {
             r = young(s, t);
         if (r.a == r.b)
             continue;
+        s->engine->count.growth_cuts += r.a > t->a || r.b < t->b;
         ranges_append(&waiting, r.a, r.b);
         if (r.a == t->a)
             t->a = r.b;

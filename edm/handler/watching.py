@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 SAY_AFTER_S: Final = 5.0
-BARE_AFTER_S: Final = 1.0
-"""A program's sidecar ends with it, a moment before that is seen."""
 
 
 class Stall:
@@ -56,15 +54,12 @@ class Bare:
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._told = 0
-        self._since = time.monotonic()
 
     def look(self, counters: Mapping[str, int]) -> None:
         """Compare with the last look."""
-        bare, now = counters["bare"], time.monotonic()
-        if bare <= self._told:
-            self._told, self._since = bare, now
-        elif now - self._since >= BARE_AFTER_S:
-            self._told = bare
+        bare, told = counters["bare"], self._told
+        self._told = bare
+        if bare > told:
             self._warn(
                 f"the sidecar of {bare} process(es) has died: nothing of them is evicted any more, "
                 "and their memory stays here, above the budget"

@@ -91,15 +91,21 @@ static long side_move_run(struct edm_ctl *c, uint64_t dst, uint64_t src, long pa
     return m.move > 0 ? (long)(m.move / (int64_t)PAGE) : 0;
 }
 
-// A page shared since a fork becomes this process's own by being written to. Not one that is write-protected: that
-// fault would wait for the DM-Handler, which may be waiting for this batch.
+// A page shared since a fork becomes this process's own by being written to. Not one that the engine knows to be
+// write-protected: it drops that. What it does not know of may be so all the same: a page that was clean when the
+// program gave it up with MADV_FREE stays, and joins again as any other. Written to, it would wait for the DM-Handler,
+// which waits for this batch; so the protection is taken off. ENOENT: the mapping has none.
 static bool side_unshare(struct edm_ctl *c, uint32_t k, int page) {
+    uint64_t at = c->window[k].src + (uint64_t)page * PAGE;
+    struct uffdio_writeprotect off = {.range = {at, PAGE}, .mode = UFFDIO_WRITEPROTECT_MODE_DONTWAKE};
     if (c->window[k].keep & 1ull << page)
         return false;
     side_lock(c);
     long r = -ESTALE;
     if (__atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) == c->batch_generation)
-        r = CALL(SYS_madvise, c->window[k].src + (uint64_t)page * PAGE, PAGE, MADV_POPULATE_WRITE);
+        r = CALL(SYS_ioctl, c->uffd, UFFDIO_WRITEPROTECT, &off);
+    if (!r || r == -ENOENT)
+        r = CALL(SYS_madvise, at, PAGE, MADV_POPULATE_WRITE);
     side_unlock(c);
     return r == 0;
 }

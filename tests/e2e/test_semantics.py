@@ -48,6 +48,7 @@ def check(edm, program, name, report, *, budget, transport="inproc", store="memo
         assert (ran.status, ran.out.decode(), ran.err) == (0, expected.stdout, "")
         counters = json.loads(report.read_text())["counters"]
         assert counters["internal_errors"] == counters["lost"] == counters["write_failures"] == 0
+        assert counters["sidecars_lost"] == 0
         if counters["fetches"] + counters["rescues"] > 1000:
             break
     else:
@@ -80,7 +81,7 @@ def test_what_is_wiped_on_fork_is_zeros_where_nothing_had_left_before(edm, progr
     assert (ran.status, ran.out.decode(), ran.err) == (0, expected.stdout, "")
     counters = json.loads(report.read_text())["counters"]
     assert counters["evictions"] > 500
-    assert counters["internal_errors"] == counters["lost"] == 0
+    assert counters["internal_errors"] == counters["lost"] == counters["sidecars_lost"] == 0
 
 
 POOL = """

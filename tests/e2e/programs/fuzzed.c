@@ -487,13 +487,16 @@ static void carry_out(struct owner *o, const struct line *l) {
     case 'G':
         grow(o, l->count);
         break;
-    case 'M':
+    case 'M':  // every other time the newest
         if (o->blocks)
-            change_block(o, &o->block[l->to % o->blocks], l->count);
+            change_block(o, &o->block[l->to % 2 ? o->blocks - 1 : l->to % o->blocks], l->count);
         break;
     case 'B':
         if (o->blocks)
             give_block_back(o, &o->block[l->to % o->blocks]);
+        break;
+    case 'Z':  // long enough, often, for EDM to look at the mappings
+        need(o, !usleep((unsigned)l->count * 100));
         break;
     case 'F':
         fork_and_look(o);

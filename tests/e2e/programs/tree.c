@@ -406,6 +406,34 @@ static void madvised_fork(void) {
     look(wiped, 0, 64, 21, "parent");
 }
 
+// As it was, or zeros, page for page.
+static void look_at_freed(char *freed, const char *where) {
+    for (uint64_t page = 0; page < PAGES / 4; page++)
+        look(freed, page, 1, *(volatile uint64_t *)(freed + page * PAGE) ? 25 : 0, where);
+}
+
+// What came back clean, and is then given up with MADV_FREE, stays, and stays write-protected.
+static void freed_fork(void) {
+    char *freed = area(PAGES / 4);
+    for (int round = 0; round < 4; round++) {
+        fill(freed, 0, PAGES / 4, 25);
+        push_out();
+        look(freed, 0, PAGES / 4, 25, "come back");
+        MUST(!madvise(freed, PAGES / 4 * PAGE, MADV_FREE));
+        usleep(20000);
+        pid_t child = fork();
+        push_out();
+        look_at_freed(freed, child ? "parent" : "child");
+        if (child == 0) {
+            fill(freed, 0, PAGES / 4, 26);
+            look(freed, 0, PAGES / 4, 26, "child, written");
+            _exit(0);
+        }
+        ended_well(child, "child");
+        look_at_freed(freed, "parent");
+    }
+}
+
 // The program that others start; not by itself.
 static int do_work(void) {
     fill(data, 0, PAGES, 22);
@@ -431,6 +459,7 @@ int main(int argc, char **argv) {
         {"raw_clone", raw_clone},
         {"filtered_fork", filtered_fork},
         {"madvised_fork", madvised_fork},
+        {"freed_fork", freed_fork},
     };
     self = realpath("/proc/self/exe", NULL);
     data = area(PAGES);

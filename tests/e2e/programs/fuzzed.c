@@ -28,6 +28,7 @@
 #define MOST 4096  // lines a thread
 #define BLOCKS 64  // that a thread lets its memory grow by
 #define LOOKS 4    // at pages of the further memory, a line
+#define IN_CHILD 24  // lines that a child carries out too, as its own
 
 enum access { HOLE, NONE, READ, WRITE };
 
@@ -52,7 +53,7 @@ struct block {
 };
 
 struct owner {
-    int number, lines, at, pipe[2], file;
+    int number, lines, at, pipe[2], file, child;
     char *base;
     uint64_t values, heap_value;
     uint32_t mappings;
@@ -286,11 +287,14 @@ static void read_by_the_kernel(const struct owner *o, int page, int count) {
 
 static void look_at_block(const struct owner *o, const struct block *b);
 static void fill_block(struct owner *o, struct block *b, int from);
+static void go_on(struct owner *o, int lines);
 
 static void fork_and_look(struct owner *o) {
     pid_t child = fork();
     if (child == 0) {
         look(o, 0, PAGES, "in the child");
+        o->child = 1;
+        go_on(o, o->at + 1 + IN_CHILD < o->lines ? o->at + 1 + IN_CHILD : o->lines);
         for (int i = 0; i < o->blocks; i++) {
             look_at_block(o, &o->block[i]);
             fill_block(o, &o->block[i], 0);
@@ -404,6 +408,8 @@ static void look_at_more(struct owner *o) {
 static void carry_out(struct owner *o, const struct line *l) {
     int page = l->page, count = page + l->count <= end_of(page) ? l->count : end_of(page) - page;
     int readable = all(o, page, count, READ), writable = all(o, page, count, WRITE);
+    if (o->child && strchr("mDe", l->call))  // what a child splits, the kernel need not merge
+        count = 1;
     size_t bytes = (size_t)count * PAGE;
     switch (l->call) {
     case 'w':
@@ -499,9 +505,15 @@ static void carry_out(struct owner *o, const struct line *l) {
         need(o, !usleep((unsigned)l->count * 100));
         break;
     case 'F':
-        fork_and_look(o);
+        if (!o->child)
+            fork_and_look(o);
         break;
     }
+}
+
+static void go_on(struct owner *o, int lines) {
+    for (o->at++; o->at < lines; o->at++)
+        look_at_more(o), carry_out(o, &o->line[o->at]);
 }
 
 static void *area(const struct owner *o, uint64_t pages) {
@@ -530,8 +542,7 @@ static void *work(void *arg) {
         set(o, page, end_of(page) - page, fresh(o));
     pthread_barrier_wait(&all_there);
     for (int r = 0; r < rounds; r++)
-        for (o->at = 0; o->at < o->lines; o->at++)
-            look_at_more(o), carry_out(o, &o->line[o->at]);
+        o->at = -1, go_on(o, o->lines);
     look(o, 0, PAGES, "at the end");
     for (int i = 0; i < o->blocks; i++)
         look_at_block(o, &o->block[i]);

@@ -1,19 +1,26 @@
 """What it costs to be captured and never evicted: programs under `edm run` with more memory than they need, as ratios
 to plain runs that take turns with them. Prints a table, writes build/bench-overhead.json.
 
-    python benchmarks/overhead/bench_overhead.py [--quick] [--rounds N] [PROGRAM ...]
+    python benchmarks/overhead/bench_overhead.py [--quick] [--groups N] [--more] [PROGRAM ...]
 
-Each program times its steps of about a millisecond; a run is their sum: from exec to capture, and the exit, are not in
-it. Two runs of one program differ by several percent, by where its memory happens to lie, so there are many short ones:
-`ratio` is the median captured run over the median plain one, with the range that holds 95 of 100 such ratios when runs
-are drawn from those measured (bootstrap). `control` is the same of every other plain run over the rest: what of a ratio
-is chance. `whole`: from exec to exit, shortest run over shortest. CPU-bound programs are to stay within 1.02, those
-that live in malloc within 1.3.
+Two runs of one program differ by several percent, by where its memory happens to lie and by what else the machine's
+owner has it do. So the runs come in groups of four, plain, captured, captured, plain, and the other way round in every
+second one: what changes slowly falls out of a group's ratio, of its captured runs over its plain ones. Shown is the
+median of all groups' ratios, and the range where it lies in 95 of 100 cases when groups are drawn from those measured
+(bootstrap). `--more` adds groups to those in the file.
+
+`time` is that of the program's steps of about a millisecond, of those that have some: the way from exec to capture is
+not in it, nor the exit; of others it is from exec to exit. `CPU` is user and system time from exec to exit. `control`
+is the time of one plain run of a group over the other, each first in every second group: what of `time` is chance.
+`small pages`: the time of plain runs without transparent huge pages, which captured programs have not, over that of
+plain runs with them, in the same way. CPU-bound programs are to stay within 1.02, those that live in malloc within
+1.3; `no` and `yes` say where the whole range is on one side.
 """
 
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -22,129 +29,183 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import attrs
 import numpy as np
 
 HERE = Path(__file__).parent
-TARGETS = {"cpu": 1.02, "malloc": 1.3}
+TARGETS = {"cpu": 1.02, "huge": None, "malloc": 1.3}
 PYTHON = [sys.executable, str(HERE / "heavy.py")]
 ENOUGH = "4G"
 TIMEOUT_S = 120
+ORDERS = (("plain", "captured", "captured", "plain"), ("captured", "plain", "plain", "captured"))
+
+
+@attrs.frozen
+class Program:
+    """small_pages: whether plain runs without huge pages are measured, too."""
+
+    kind: str
+    command: list
+    scale: int | None = None
+    small_pages: bool = False
+
+    def words(self, *, quick):
+        """Its command line, with a tenth of the work if `quick`."""
+        scale = [] if self.scale is None else [max(1, self.scale // 10) if quick else self.scale]
+        return [*map(str, self.command), *map(str, scale)]
+
+
+def build(directory, name):
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    subprocess.run([compiler, "-O2", "-o", directory / name, HERE / f"{name}.c"], check=True)
+    return directory / name
+
+
+def text(directory):
+    numbers = random.Random(1)
+    lines = (f"{numbers.getrandbits(40):x} {i} {'abcdefgh'[: i % 9]}\n" for i in range(100_000))
+    (directory / "text").write_text("".join(lines))
+    return directory / "text"
 
 
 def programs(directory):
-    """Name → (kind, command without its scale, scale)."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    heavy = directory / "heavy"
-    subprocess.run([compiler, "-O2", "-o", heavy, HERE / "heavy.c"], check=True)
-    return {
-        "C loop": ("cpu", [heavy, "loop"], 60),
-        "python loops": ("cpu", [*PYTHON, "loops"], 3),
-        "numpy matmul": ("cpu", [*PYTHON, "matmul"], 2),
-        "sqlite": ("cpu", [*PYTHON, "sqlite"], 3),
-        "C malloc": ("malloc", [heavy, "malloc"], 8),
-        "C blocks": ("malloc", [heavy, "blocks"], 20),
-        "python lists, dicts": ("malloc", [*PYTHON, "containers"], 4),
-        "numpy temporaries": ("malloc", [*PYTHON, "arrays"], 6),
+    heavy = build(directory, "heavy")
+    every = {
+        "C loop": Program("cpu", [heavy, "loop"], 250),
+        "C memory": Program("cpu", [heavy, "memory"], 400, small_pages=True),
+        "python loops": Program("cpu", [*PYTHON, "loops"], 9),
+        "numpy matmul": Program("cpu", [*PYTHON, "matmul"], 8),
+        "sqlite": Program("cpu", [*PYTHON, "sqlite"], 9),
+        "xz": Program("cpu", ["xz", "-T1", "-3", "-k", "-c", text(directory)]),
+        "C huge pages": Program("huge", [heavy, "huge"], 400, small_pages=True),
+        "C malloc": Program("malloc", [heavy, "malloc"], 8),
+        "C blocks": Program("malloc", [heavy, "blocks"], 20),
+        "python lists, dicts": Program("malloc", [*PYTHON, "containers"], 4),
+        "numpy temporaries": Program("malloc", [*PYTHON, "arrays"], 6, small_pages=True),
     }
+    return {name: one for name, one in every.items() if shutil.which(one.command[0])}
 
 
-def plain(command, steps):
-    """(seconds, its output, no counters)."""
-    began = time.monotonic()
-    ran = subprocess.run(command, capture_output=True, check=True, timeout=TIMEOUT_S, env=environment(steps))
-    return time.monotonic() - began, ran.stdout, None
-
-
-def captured(command, steps, options):
-    """(seconds, its output, EDM's counters)."""
-    with tempfile.NamedTemporaryFile() as report:
+def run(timed, command, way, options):
+    """One run: (what it measured, the program's output, EDM's counters or None)."""
+    with tempfile.TemporaryDirectory(prefix="edm-bench-") as name:
+        steps, times, report = (Path(name) / part for part in ("steps", "times", "report"))
+        environment = {**os.environ, "STEPS": str(steps), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        if way == "small pages":
+            environment["SMALL_PAGES"] = "1"
         edm = [sys.executable, "-m", "edm", "run", "--transport", "inproc", "--store", "memory", "--no-summary"]
-        edm += ["--local-memory", ENOUGH, "--report", report.name, *options, "--"]
-        ran = subprocess.run(
-            [*edm, *command], capture_output=True, check=True, timeout=TIMEOUT_S, env=environment(steps)
-        )
-        document = json.loads(Path(report.name).read_text())
-    if document["counters"]["evictions"] or not document["counters"]["processes"]:
+        edm += ["--local-memory", ENOUGH, "--report", report, *options, "--"]
+        words = [*(edm if way == "captured" else ()), timed, times, *command]
+        ran = subprocess.run(words, capture_output=True, check=True, timeout=TIMEOUT_S, env=environment)
+        whole_s, user_s, system_s = map(float, times.read_text().split())
+        took = {"time": whole_s, "cpu": user_s + system_s, "whole": whole_s}
+        if steps.exists():
+            took["time"] = float(np.fromfile(steps, np.int64).sum() / 1e9)
+        counters = json.loads(report.read_text())["counters"] if way == "captured" else None
+    if counters and (counters["evictions"] or counters["processes"] < 2):
         sys.exit(f"{command}: it was evicted, or not captured at all")
-    return document["seconds"], ran.stdout, document["counters"]
+    return took, ran.stdout, counters
 
 
-def environment(steps):
-    return {**os.environ, "STEPS": steps, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-
-def measure(kind, command, rounds, options):
-    """One row: plain, captured and plain again, `rounds` times, in changing order."""
-    runs, whole, outputs = {"plain": [], "captured": [], "again": []}, {"plain": [], "captured": [], "again": []}, set()
-    for number in range(rounds):
-        for way in ("plain", "captured", "again")[:: 1 if number % 2 else -1]:
-            with tempfile.NamedTemporaryFile() as file:
-                if way == "captured":
-                    took, out, counters = captured(command, file.name, options)
-                else:
-                    took, out, _ = plain(command, file.name)
-                steps = np.fromfile(file.name, np.int64)
-            runs[way].append(int(steps.sum()))
-            whole[way].append(took)
+def measure(timed, program, command, groups, options):
+    """Groups of runs, each {way: [what was measured, …]}, and the last captured run's counters."""
+    measured, outputs, counters = [], set(), None
+    for number in range(groups):
+        runs = {"plain": [], "captured": [], "small pages": []}
+        order = ORDERS[number % 2]
+        for way in [*order[:2], *(["small pages"] if program.small_pages else ()), *order[2:]]:
+            took, out, seen = run(timed, command, way, options)
+            runs[way].append(took)
             outputs.add(out)
+            counters = seen or counters
+        measured.append(runs)
     if len(outputs) > 1:
         sys.exit(f"{command}: another output than the plain run's")
-    all_plain = runs["plain"] + runs["again"]
+    return measured, counters
+
+
+def row(program, measured, counters):
+    target = TARGETS[program.kind]
+    time_ratio = ratio(measured, "captured", "time")
     return {
-        "kind": kind,
-        "target": TARGETS[kind],
-        "steps": len(steps),
-        "runs_ns": runs,
-        "plain_s": float(np.median(all_plain)) / 1e9,
-        "ratio": ratio(runs["captured"], all_plain),
-        "control": ratio(runs["plain"], runs["again"]),
-        "whole_ratio": min(whole["captured"]) / min(whole["plain"] + whole["again"]),
+        "kind": program.kind,
+        "target": target,
+        "plain_s": float(np.median([one["time"] for runs in measured for one in runs["plain"]])),
+        "time": time_ratio,
+        "cpu": ratio(measured, "captured", "cpu"),
+        "whole": ratio(measured, "captured", "whole"),
+        "control": control(measured),
+        "small_pages": ratio(measured, "small pages", "time") if program.small_pages else None,
+        "within": verdict(time_ratio, target),
         "faults": counters["faults"],
-        "zero_fills": counters["zero_fills"],
         "events": sum(counters[f"events_{name}"] for name in ("fork", "remap", "remove", "unmap")),
+        "groups": measured,
     }
 
 
-def ratio(these, others):
-    """Median over median, and the range of 95 of 100 drawn again: (ratio, low, high)."""
-    chance = np.random.default_rng(1)
-    drawn = [np.median(chance.choice(runs, (4000, len(runs))), axis=1) for runs in (these, others)]
-    return (float(np.median(these) / np.median(others)), *map(float, np.percentile(drawn[0] / drawn[1], (2.5, 97.5))))
+def ratio(measured, way, what):
+    """Of each group's mean of `way` over that of its plain runs: median and range."""
+    return median(
+        [np.mean([one[what] for one in g[way]]) / np.mean([one[what] for one in g["plain"]]) for g in measured]
+    )
+
+
+def control(measured):
+    pairs = [[one["time"] for one in g["plain"]][:: 1 if number % 2 else -1] for number, g in enumerate(measured)]
+    return median([first / last for first, last in pairs])
+
+
+def median(ratios):
+    """(median, and the range that holds that of 95 of 100 samples drawn anew)."""
+    drawn = np.median(np.random.default_rng(1).choice(ratios, (4000, len(ratios))), axis=1)
+    return (float(np.median(ratios)), *map(float, np.percentile(drawn, (2.5, 97.5))))
+
+
+def verdict(ratio, target):
+    if target is None:
+        return ""
+    _, low, high = ratio
+    return "yes" if high <= target else "no" if low > target else "?"
 
 
 def shown(ratio):
-    return f"{ratio[0]:.3f} ({ratio[1]:.3f}-{ratio[2]:.3f})"
+    return f"{ratio[0]:.3f} ({ratio[1]:.3f}-{ratio[2]:.3f})" if ratio else "-"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=HERE.parents[1] / "build" / "bench-overhead.json")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, two rounds")
+    parser.add_argument("--groups", type=int, default=25)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, two groups")
+    parser.add_argument("--more", action="store_true", help="add to the groups in the file")
     parser.add_argument("--option", action="append", default=[], help="for edm run, as --option=--sweep-ms=20")
     parser.add_argument("programs", nargs="*", help="some of the table's [all]")
-    parser.add_argument("--cpu", action="store_true", help="steps in the program's CPU time: on a machine that is busy")
     arguments = parser.parse_args()
-    if arguments.cpu:
-        os.environ["STEPS_CPU"] = "1"
-    results = {}
+    former = json.loads(arguments.json.read_text())["results"] if arguments.more and arguments.json.exists() else {}
+    results = dict(former)
     with tempfile.TemporaryDirectory(prefix="edm-bench-") as name:
-        every = programs(Path(name))
+        every, timed = programs(Path(name)), build(Path(name), "timed")
         if unknown := set(arguments.programs) - set(every):
             sys.exit(f"no program {', '.join(sorted(unknown))}: there are {', '.join(every)}")
         print(
-            f"{'program':21}{'kind':8}{'plain':>8}{'ratio':>21}{'control':>21}{'target':>8}{'whole':>8}{'faults':>8}"
-            f"{'events':>8}"
+            f"{'program':20}{'plain':>7}{'time':>21}{'CPU':>21}{'control':>21}{'small pages':>21}{'target':>7}"
+            f"{'within':>7}{'faults':>7}{'events':>7}"
         )
-        for program, (kind, command, scale) in every.items():
-            if arguments.programs and program not in arguments.programs:
+        for program_name, program in every.items():
+            if arguments.programs and program_name not in arguments.programs:
                 continue
-            words = [*map(str, command), str(max(1, scale // 10) if arguments.quick else scale)]
-            row = measure(kind, words, 2 if arguments.quick else arguments.rounds, arguments.option)
-            results[program] = row
+            words = program.words(quick=arguments.quick)
+            groups = 2 if arguments.quick else arguments.groups
+            began = time.monotonic()
+            measured, counters = measure(timed, program, words, groups, arguments.option)
+            before = former.get(program_name, {"groups": [], "measuring_s": 0.0})
+            result = row(program, before["groups"] + measured, counters)
+            result["measuring_s"] = before["measuring_s"] + time.monotonic() - began
+            results[program_name] = result
             print(
-                f"{program:21}{kind:8}{row['plain_s']:6.2f} s{shown(row['ratio']):>21}{shown(row['control']):>21}"
-                f"{row['target']:8.2f}{row['whole_ratio']:8.2f}{row['faults']:8}{row['events']:8}",
+                f"{program_name:20}{result['plain_s']:5.2f} s{shown(result['time']):>21}{shown(result['cpu']):>21}"
+                f"{shown(result['control']):>21}{shown(result['small_pages']):>21}{result['target'] or '':>7}"
+                f"{result['within']:>7}{result['faults']:7}{result['events']:7}",
                 flush=True,
             )
     document = {"when": datetime.now(UTC).isoformat(), "cpus": os.cpu_count(), "results": results}

@@ -1,22 +1,27 @@
-// The C programs of bench_overhead.py: `heavy loop|malloc|blocks SCALE`. Each prints a checksum, and writes the
-// nanoseconds each of its steps took, of about a millisecond, to the file $STEPS.
+// The C programs of bench_overhead.py: `heavy loop|memory|huge|malloc|blocks SCALE`. Each prints a checksum, and writes
+// the nanoseconds each of its steps took, of about a millisecond, to the file $STEPS.
 //   loop    arithmetic on registers and on 32 KiB
+//   memory  reads and writes at random in 64 MiB, filled before the first step
+//   huge    the same, and asks for huge pages with madvise(2)
 //   malloc  objects of 16 bytes to 4 KiB, 50,000 of them alive, made, written and freed in random order
 //   blocks  blocks of 64 KiB to 2 MiB, 64 alive: what malloc gets from the kernel and gives back
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #define STEPS 20000
+#define MEMORY (64ul << 20)
 
 static int64_t took[STEPS], last;
 static size_t steps;
 
 static void step(void) {
     struct timespec t;
-    clock_gettime(getenv("STEPS_CPU") ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+    clock_gettime(CLOCK_MONOTONIC, &t);
     int64_t now = t.tv_sec * 1000000000ll + t.tv_nsec;
     if (last && steps < STEPS)
         took[steps++] = now - last;
@@ -42,6 +47,23 @@ static uint64_t loop(uint64_t scale) {
         if (i % 200000 == 0)
             step();
     }
+    return sum;
+}
+
+static uint64_t memory(uint64_t scale, bool huge) {
+    uint64_t *at = aligned_alloc(2 << 20, MEMORY), sum = 0, n = MEMORY / sizeof *at;
+    if (!at || (huge && madvise(at, MEMORY, MADV_HUGEPAGE)))
+        exit(2);
+    for (uint64_t i = 0; i < n; i++)
+        at[i] = i;
+    for (uint64_t i = 0; i < scale * 100000; i++) {
+        uint64_t x = next();
+        at[x % n] += x;
+        sum += at[(x >> 24) % n];
+        if (i % 20000 == 0)
+            step();
+    }
+    free(at);
     return sum;
 }
 
@@ -75,6 +97,8 @@ int main(int argc, char **argv) {
         return 2;
     if (!strcmp(argv[1], "loop"))
         sum = loop(scale);
+    else if (!strcmp(argv[1], "memory") || !strcmp(argv[1], "huge"))
+        sum = memory(scale, argv[1][0] == 'h');
     else if (!strcmp(argv[1], "malloc"))
         sum = churn(scale * 100000, 1000, 50000, 16, 4096);
     else

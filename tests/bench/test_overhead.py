@@ -17,14 +17,21 @@ def bench(*arguments):
 
 
 def test_blocks_taken_and_given_back_are_no_events(tmp_path):
-    ran = bench("--rounds", "1", "--json", tmp_path / "r.json", "C blocks")
-    assert ran.returncode == 0, ran.stderr
-    row = json.loads((tmp_path / "r.json").read_text())["results"]["C blocks"]
-    ratio, low, high = row["ratio"]
-    assert 0 < low <= ratio <= high
-    assert {way: len(runs) for way, runs in row["runs_ns"].items()} == {"plain": 1, "captured": 1, "again": 1}
+    file = tmp_path / "r.json"
+    for more in ([], ["--more"]):
+        ran = bench("--groups", "1", *more, "--json", file, "C blocks")
+        assert ran.returncode == 0, ran.stderr
+    row = json.loads(file.read_text())["results"]["C blocks"]
+    assert [{way: len(runs) for way, runs in group.items()} for group in row["groups"]] == [
+        {"plain": 2, "captured": 2, "small pages": 0}
+    ] * 2
+    for what in ("time", "cpu", "whole", "control"):
+        ratio, low, high = row[what]
+        assert 0 < low <= ratio <= high
+    for run in row["groups"][0]["captured"]:
+        assert 0 < run["time"] < run["whole"]
+        assert run["cpu"] > 0
     assert row["events"] < 20, "each block is mapped and unmapped"
-    assert row["steps"] > 40
 
 
 def test_unknown_program_is_a_mistake():

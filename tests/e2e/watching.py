@@ -6,18 +6,38 @@ from pathlib import Path
 
 import attrs
 
+from edm.dump.asking import ASK_PAGES, Asker, capture_of
+from edm.errors import EdmError
+from edm.types import PAGE_BYTES
+
+LAST_PAGE = 1 << 35
+"""Addresses of 47 bits."""
 EDM_PROCESSES = ("edm: ", "mpiexec", "hydra_pmi_proxy")
 
 
 @attrs.frozen
 class Memory:
-    """Anonymous memory of one process at one moment. registered: of it, in mappings of a userfaultfd; bytes."""
+    """Anonymous memory of one process at one moment, in bytes; anonymous: what is here.
+
+    registered: of it, in mappings of a userfaultfd. away: of what EDM has captured, what is not here.
+    """
 
     pid: int
     name: str
     anonymous: int
     registered: int
     mappings: int
+    away: int = 0
+
+    @property
+    def all(self):
+        """Here and away."""
+        return self.anonymous + self.away
+
+    @property
+    def captured(self):
+        """The part of it that is captured: what is away has been."""
+        return (self.registered + self.away) / self.all
 
 
 def children(pid):
@@ -64,16 +84,48 @@ def memory_of(pid):
     return Memory(pid, name, anonymous, registered, mappings) if mappings else None
 
 
+class Askers:
+    """What the DM-Handlers of processes say of them, by pid."""
+
+    def __init__(self):
+        self._askers = {}
+
+    def held_bytes(self, pid):
+        """Of a process's memory what is captured, here or away; 0 where it is not captured (yet, or any more)."""
+        try:
+            if pid not in self._askers:
+                capture = capture_of(pid)
+                if not capture or not capture.path:
+                    return 0
+                self._askers[pid] = Asker(pid, capture)
+            return PAGE_BYTES * sum(self._held_pages(self._askers[pid]))
+        except (EdmError, OSError):  # it has ended
+            if pid in self._askers:
+                self._askers.pop(pid).close()
+            return 0
+
+    def _held_pages(self, asker):
+        page = 0
+        while page < LAST_PAGE - ASK_PAGES:
+            pages, page = asker.held(page, ASK_PAGES)
+            yield int(pages.sum())
+
+    def close(self):
+        for asker in self._askers.values():
+            asker.close()
+
+
 class Watch:
     """Samples the tree below `pid` until closed. peak_bytes: the largest sum of anonymous memory seen at once.
 
-    largest: with `detail`, the process (not `pid` itself) that had most, at that moment.
+    largest: with `detail`, the process (not `pid` itself) that had most, here and away, at that moment.
     """
 
     def __init__(self, pid, *, detail=False, every_s=0.004):
         self._pid, self._detail, self._every_s = pid, detail, every_s
         self.peak_bytes = 0
         self.largest = Memory(0, "", 0, 0, 0)
+        self._askers = Askers()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -88,12 +140,17 @@ class Watch:
     def _look_closely(self, pids):
         for pid in pids:
             memory = memory_of(pid) if pid != self._pid else None
-            if memory and memory.anonymous >= self.largest.anonymous:
+            if not memory:
+                continue
+            held = self._askers.held_bytes(pid) if memory.registered else 0
+            memory = attrs.evolve(memory, away=max(0, held - memory.registered))
+            if memory.all >= self.largest.all:
                 self.largest = memory
 
     def close(self):
         self._stop.set()
         self._thread.join()
+        self._askers.close()
 
     def __enter__(self):
         return self

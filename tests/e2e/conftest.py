@@ -1,5 +1,6 @@
 """`edm run` as a user calls it: real userfaultfd, real MPI ranks, real programs."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -36,19 +37,23 @@ class Ran:
     err: str
 
 
-def edm_processes(mark):
-    """Pid → title of the processes of EDM, sidecars included, whose environment holds `mark`."""
+def marked(mark):
+    """Pid → (name, command line) of the processes whose environment holds `mark`."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            title = (entry / "comm").read_text().strip()
-            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            ours = mark in (entry / "environ").read_bytes()
+            if mark in (entry / "environ").read_bytes():
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                found[int(entry.name)] = (entry / "comm").read_text().strip(), line
         except OSError:
             continue
-        if ours and (title.startswith("edm: ") or line.startswith("edm: ")):
-            found[int(entry.name)] = line if line.startswith("edm: ") else title
     return found
+
+
+def edm_processes(mark):
+    """Pid → title of the processes of EDM, sidecars included, whose environment holds `mark`."""
+    found = {pid: line if line.startswith("edm: ") else name for pid, (name, line) in marked(mark).items()}
+    return {pid: title for pid, title in found.items() if title.startswith("edm: ")}
 
 
 class Edm:
@@ -101,7 +106,7 @@ class Edm:
         """Run `edm run ARGUMENTS`."""
         return self("run", *arguments, **keywords)
 
-    def left_behind(self, within_s=10.0):
+    def left_behind(self, within_s=60.0):
         """Processes and files of ours that are still there; empty if all is tidy within the time."""
         end = time.monotonic() + within_s
         while True:
@@ -113,24 +118,14 @@ class Edm:
 
     def pids(self, names):
         """Pids of processes of this runner's that are called one of `names`: EDM's titles, or programs."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                title = (entry / "comm").read_text().strip()
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                ours = self._mark in (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if ours and (title in names or line in names):
-                found.append(int(entry.name))
-        return found
+        return [pid for pid, said in marked(self._mark).items() if not set(names).isdisjoint(said)]
 
     def end(self, process):
         """Kill the session of a process started here."""
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(15)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
 
@@ -140,8 +135,9 @@ class Edm:
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream:
                     stream.close()
-        for pid in edm_processes(self._mark):
-            os.kill(pid, signal.SIGKILL)
+        for pid in marked(self._mark):  # programs too, that have outlived their launcher
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
@@ -172,3 +168,16 @@ def program(tmp_path_factory):
         return target
 
     return build
+
+
+@pytest.fixture
+def working(edm, program):
+    """Start working_set under EDM, at work until it is let end: `working(*options, megabytes=8, …)`; see working.py."""
+    from working import Working
+
+    def start(*options, megabytes=8, rounds=1, by=edm, path=None, **keywords):
+        command = (path or program("working_set"), megabytes, rounds)
+        sign = by.directory / "at-work"
+        return Working(by.start("run", *options, "--", *command, sign, **keywords), command, sign)
+
+    return start

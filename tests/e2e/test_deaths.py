@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from watching import wait_for as until
+from working import WAIT_S
 
 from edm._native import lib
 from edm.launch.session import READY_S
@@ -39,7 +41,7 @@ def descendants(root):
     return found
 
 
-def wait_for(root, *titles, within_s=40):
+def wait_for(root, *titles, within_s=WAIT_S):
     """Pids of the processes below `root` with these titles, once all are there."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:
@@ -51,14 +53,9 @@ def wait_for(root, *titles, within_s=40):
 
 
 @pytest.fixture
-def running(edm, program):
-    """Start working_set over a transport; returns (process, command)."""
-
-    def start(transport, megabytes=16, rounds=6):
-        command = (program("working_set"), megabytes, rounds)
-        return edm.start("run", "--transport", transport, "--local-memory", "4M", "--", *command), command
-
-    return start
+def running(working):
+    """Start working_set over a transport, in half of its memory."""
+    return lambda transport: working("--transport", transport, "--local-memory", "4M")
 
 
 def state_of(pid):
@@ -80,12 +77,11 @@ def cpu_ticks(pid):
     return int(fields[11]) + int(fields[12])
 
 
-def kill_while_at_work(victim, program, after_s=0.02):
-    """The program may be quick: it is held for the moment, so that it cannot end before."""
-    time.sleep(after_s)
-    os.kill(program, signal.SIGSTOP)
-    os.kill(victim, signal.SIGKILL)
-    os.kill(program, signal.SIGCONT)
+def at_rest(pid, for_s=0.5):
+    """Whether a process takes no CPU time for a while."""
+    before = cpu_ticks(pid)
+    time.sleep(for_s)
+    return cpu_ticks(pid) == before
 
 
 def stop_between_batches(handler, sidecar):
@@ -115,12 +111,12 @@ def expected(command):
     ],
 )
 def test_after_a_death_the_program_goes_on(edm, running, transport, victim):
-    process, command = running(transport, megabytes=8, rounds=60)
-    first, working, _ = wait_for(process.pid, victim, "working_set", "edm: sidecar")
-    kill_while_at_work(first, working)
-    out, err = process.communicate(timeout=80)
-    assert process.returncode == 0, err
-    assert out == expected(command)
+    working = running(transport)
+    working.at_work()
+    (first,) = wait_for(working.process.pid, victim)
+    os.kill(first, signal.SIGKILL)
+    out, err = working.finish()
+    assert (working.process.returncode, out) == (0, working.alone()), err
     assert b" has died; starting another" in err
     assert b"is there again; the program goes on" in err
     assert edm.left_behind() == ({}, [])
@@ -143,10 +139,12 @@ def ranks(root):
 @pytest.mark.mpi
 @pytest.mark.parametrize("which", [{"edm.dms.process", "edm.handler.process"}, {"edm.dms.process"}])
 def test_ranks_that_die_before_they_have_said_a_word_are_started_again(edm, running, which):
-    process, command = running("mpi", megabytes=8, rounds=60)
-    handler, working, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
-    kill_while_at_work(handler, working)
-    end = time.monotonic() + 40
+    working = running("mpi")
+    process = working.process
+    working.at_work()
+    (handler,) = wait_for(process.pid, "edm: dm-handler")
+    os.kill(handler, signal.SIGKILL)
+    end = time.monotonic() + WAIT_S
     while not which <= (started := ranks(process.pid)).keys() and time.monotonic() < end:
         """They are young for a tenth of a second at least: they import."""
     for name in which:
@@ -155,182 +153,152 @@ def test_ranks_that_die_before_they_have_said_a_word_are_started_again(edm, runn
     since = time.monotonic()
     assert any(b"is there again; the program goes on" in line for line in process.stderr)
     assert time.monotonic() - since < READY_S  # so long those are waited for that do not come
-    out, err = process.communicate(timeout=80)
-    assert (process.returncode, out) == (0, expected(command)), err
+    out, err = working.finish()
+    assert (process.returncode, out) == (0, working.alone()), err
     assert edm.left_behind() == ({}, [])
 
 
 def test_one_death_after_another(edm, running):
-    process, command = running("inproc", megabytes=8, rounds=60)
-    working, _ = wait_for(process.pid, "working_set", "edm: sidecar")
-    last = 0
+    working = running("inproc")
+    working.at_work()
+    last = None
     for _ in range(3):
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            (handler,) = wait_for(process.pid, "edm: dm-handler")
-            if handler != last:
-                break
-            time.sleep(0.02)
-        assert handler != last
-        kill_while_at_work(handler, working, 0.1)
-        last = handler
-    out, err = process.communicate(timeout=80)
-    assert (process.returncode, out) == (0, expected(command)), err
+        until(lambda last=last: wait_for(working.process.pid, "edm: dm-handler") != last)
+        (handler,) = last = wait_for(working.process.pid, "edm: dm-handler")
+        time.sleep(0.1)
+        os.kill(handler, signal.SIGKILL)
+    out, err = working.finish()
+    assert (working.process.returncode, out) == (0, working.alone()), err
     assert 1 <= err.count(b"is there again") <= 3  # one that is killed while it starts is not said to be there
 
 
 @pytest.mark.parametrize("options", [("--restarts", 0), ("--store", "memory")])
-def test_without_another_or_without_the_pages_the_program_ends(edm, program, options):
-    command = (program("working_set"), 16, 60)
-    process = edm.start("run", "--transport", "inproc", "--local-memory", "4M", *options, "--", *command)
-    handler, pid, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
-    time.sleep(0.3)
+def test_without_another_or_without_the_pages_the_program_ends(edm, working, options):
+    run = working("--transport", "inproc", "--local-memory", "4M", *options)
+    pid = run.at_work()
+    (handler,) = wait_for(run.process.pid, "edm: dm-handler")
     os.kill(handler, signal.SIGKILL)
-    out, err = process.communicate(timeout=40)
-    assert process.returncode == 70
+    out, err = run.process.communicate(timeout=WAIT_S)
+    assert (run.process.returncode, out) == (70, b"")
     assert (b"its pages are gone" if "memory" in options else b"the DM-Handler has died") in err
-    assert expected(command).startswith(out)
     assert not Path(f"/proc/{pid}").exists()
     assert edm.left_behind() == ({}, [])
 
 
 def test_with_handler_and_holder_dead_the_sidecar_ends_the_program(edm, running):
-    process, command = running("inproc", rounds=60)
-    titles = ("edm: dm-handler", "edm: holder", "edm: sidecar", "working_set")
-    handler, holder, sidecar, program = wait_for(process.pid, *titles)
-    time.sleep(0.3)
+    working = running("inproc")
+    process, program = working.process, working.at_work()
+    handler, holder, sidecar = wait_for(process.pid, "edm: dm-handler", "edm: holder", "edm: sidecar")
     os.kill(process.pid, signal.SIGSTOP)  # it must not be there to end the program itself
     stop_between_batches(handler, sidecar)  # … nor to start another holder
     os.kill(holder, signal.SIGKILL)
     os.kill(handler, signal.SIGKILL)
-    end = time.monotonic() + 10
-    while running_still(program) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not running_still(program)
+    until(lambda: not running_still(program))
     os.kill(process.pid, signal.SIGCONT)
-    out, err = process.communicate(timeout=40)
-    assert expected(command).startswith(out)
+    out, err = process.communicate(timeout=WAIT_S)
+    assert out == b""
     assert process.returncode != 0, err
 
 
 @pytest.mark.skipif(lib.edm_tie_access() != 0, reason="no io_uring here")
 def test_with_all_of_edm_dead_at_once_the_program_waits(edm, running):
-    process, command = running("inproc", rounds=400)
-    titles = ("edm: dm-handler", "edm: holder", "edm: sidecar", "working_set")
-    handler, holder, sidecar, program = wait_for(process.pid, *titles)
-    time.sleep(0.3)
+    working = running("inproc")
+    process, program = working.process, working.at_work()
+    handler, holder, sidecar = wait_for(process.pid, "edm: dm-handler", "edm: holder", "edm: sidecar")
     for pid in (process.pid, program, handler, sidecar, holder):  # nobody sees the others end
         os.kill(pid, signal.SIGSTOP)
     for pid in (sidecar, holder, handler):
         os.kill(pid, signal.SIGKILL)
     os.kill(program, signal.SIGCONT)
-    time.sleep(2)
+    time.sleep(1.5)
+    until(lambda: at_rest(program))
     assert running_still(program)  # another program's bytes would have ended it
-    busy = cpu_ticks(program)
-    time.sleep(0.5)
-    assert cpu_ticks(program) == busy
     os.kill(process.pid, signal.SIGCONT)
-    out, err = process.communicate(timeout=40)
-    assert process.returncode == 70, err
-    assert expected(command).startswith(out)
+    out, err = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, out) == (70, b""), err
     assert not running_still(program)
     assert edm.left_behind() == ({}, [])
 
 
 def test_without_its_sidecar_the_program_goes_on_above_the_budget(edm, running):
-    process, command = running("inproc", rounds=400)
-    sidecar, working = wait_for(process.pid, "edm: sidecar", "working_set")
-    time.sleep(0.2)
+    working = running("inproc")
+    working.at_work()
+    (sidecar,) = wait_for(working.process.pid, "edm: sidecar")
     os.kill(sidecar, signal.SIGKILL)
-    time.sleep(0.5)  # until something of it was to be evicted
-    os.kill(working, signal.SIGSTOP)
+    told = working.process.stderr.readline()
+    assert told.startswith(b"edm: warning: the sidecar of 1 process(es) has died: nothing of them is evicted any more")
     time.sleep(2)
-    os.kill(working, signal.SIGCONT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert err.startswith(b"edm: warning: the sidecar of 1 process(es) has died: nothing of them is evicted any more")
-    assert err.count(b"\n") == 1
-    assert out == expected(command)
+    out, err = working.finish()
+    assert (working.process.returncode, out, err) == (0, working.alone(), b"")  # it was told once
     assert edm.left_behind() == ({}, [])
 
 
 def test_another_holder_takes_the_place_of_one_that_died(edm, running):
-    process, command = running("inproc", megabytes=8, rounds=60)
-    holder, program, _ = wait_for(process.pid, "edm: holder", "working_set", "edm: sidecar")
-    os.kill(program, signal.SIGSTOP)  # it must not be at its end before
+    working = running("inproc")
+    working.at_work()
+    holder, handler = wait_for(working.process.pid, "edm: holder", "edm: dm-handler")
     os.kill(holder, signal.SIGKILL)
-    end = time.monotonic() + 10
-    while time.monotonic() < end and wait_for(process.pid, "edm: dm-handler"):
-        if holder not in (now := wait_for(process.pid, "edm: holder")):
-            break
-        time.sleep(0.02)
-    assert now != [holder]
-    os.kill(program, signal.SIGCONT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, b"")
-    assert out == expected(command)
+    until(lambda: wait_for(working.process.pid, "edm: holder") != [holder])
+    assert wait_for(working.process.pid, "edm: dm-handler") == [handler]
+    out, err = working.finish()
+    assert (working.process.returncode, out, err) == (0, working.alone(), b"")
     assert edm.left_behind() == ({}, [])
 
 
 @pytest.mark.parametrize("transport", [TRANSPORTS[0], pytest.param("inproc", marks=pytest.mark.soak)])
 def test_after_the_launchers_death_the_program_goes_on(edm, running, tmp_path, transport):
-    process, command = running(transport, rounds=20)
-    wait_for(process.pid, "edm: sidecar")
-    os.kill(process.pid, signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)  # until the program closes its output
-    assert out == expected(command)
-    assert edm.left_behind(within_s=30) == ({}, [])
+    working = running(transport)
+    working.at_work()
+    os.kill(working.process.pid, signal.SIGKILL)
+    out, _ = working.finish()  # until the program closes its output
+    assert out == working.alone()
+    assert edm.left_behind() == ({}, [])
 
 
 def test_death_of_handler_and_launcher_ends_the_program(edm, running):
-    process, command = running("inproc", rounds=60)
-    handler, program, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
-    time.sleep(0.3)
+    working = running("inproc")
+    process, program = working.process, working.at_work()
+    (handler,) = wait_for(process.pid, "edm: dm-handler")
     os.kill(process.pid, signal.SIGSTOP)  # it must not be there to end the program itself
     os.kill(handler, signal.SIGKILL)
     os.kill(process.pid, signal.SIGKILL)
-    out, _ = process.communicate(timeout=40)
-    assert expected(command).startswith(out)
-    end = time.monotonic() + 10
-    while Path(f"/proc/{program}").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{program}").exists()
+    out, _ = process.communicate(timeout=WAIT_S)
+    assert out == b""
+    until(lambda: not Path(f"/proc/{program}").exists())
 
 
 @pytest.mark.parametrize(("on_loss", "status"), [("poison", -signal.SIGBUS), ("kill", 70)])
-def test_a_memory_server_that_does_not_come_back(edm, program, tmp_path, on_loss, status):
+def test_a_memory_server_that_does_not_come_back(edm, working, tmp_path, on_loss, status):
     endpoint = f"ipc://{tmp_path}/pages.sock"
     server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
-    command = (program("working_set"), 8, 400)
-    process = edm.start(
-        *("run", "--dms", endpoint, "--local-memory", "2M", "--patience-s", 1, "--on-loss", on_loss),
-        *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2", "--", *command),
+    run = working(
+        *("--dms", endpoint, "--local-memory", "2M", "--patience-s", 1, "--on-loss", on_loss),
+        *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2"),
     )
-    wait_for(process.pid, "edm: sidecar")
-    time.sleep(0.5)
+    run.at_work()
     server.kill()
-    server.wait(10)
-    out, err = process.communicate(timeout=80)
-    assert (process.returncode, out) == (status, b""), err
+    server.wait(WAIT_S)
+    out, err = run.process.communicate(timeout=WAIT_S)
+    assert (run.process.returncode, out) == (status, b""), err
     assert b"does not answer" in err
     assert (b"is lost: the memory server did not answer in time\n" in err) == (on_loss == "poison")
     assert edm.left_behind() == ({}, [])
 
 
-def test_a_memory_server_that_comes_back_late_is_waited_for(edm, program, tmp_path):
+def test_a_memory_server_that_comes_back_late_is_waited_for(edm, working, tmp_path):
     endpoint = f"ipc://{tmp_path}/pages.sock"
     server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
-    command = (program("working_set"), 8, 60)
-    process = edm.start(
-        *("run", "--dms", endpoint, "--local-memory", "2M", "--patience-s", 0.5),
-        *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2", "--", *command),
+    run = working(
+        *("--dms", endpoint, "--local-memory", "2M", "--patience-s", 0.5),
+        *("-o", "transport.zmq.silence_s=0.5", "-o", "transport.zmq.heartbeat_s=0.2"),
     )
-    pid, _ = wait_for(process.pid, "working_set", "edm: sidecar")
-    kill_while_at_work(server.pid, pid)
-    server.wait(10)
+    run.at_work()
+    server.kill()
+    server.wait(WAIT_S)
+    run.sign.unlink()
     time.sleep(3)
-    assert process.poll() is None
+    assert run.process.poll() is None
     edm.start("dms", "--listen", endpoint, "--path", tmp_path / "kept")
-    out, err = process.communicate(timeout=80)
-    assert (process.returncode, out) == (0, expected(command)), err
+    out, err = run.process.communicate(timeout=WAIT_S)
+    assert (run.process.returncode, out) == (0, run.alone()), err
     assert b"the memory server answers again, after " in err

@@ -8,6 +8,8 @@ import sys
 import time
 
 import pytest
+from watching import wait_for
+from working import WAIT_S
 
 from edm.dms.status import ask_status
 from edm.errors import UsageError
@@ -38,11 +40,11 @@ class SmallDisk:
         return about.f_bavail * about.f_bsize < 512 << 10
 
     def wait_until_full(self, process):
-        end = time.monotonic() + 60
-        while not self.full():
+        def full():
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end, "the disk never filled up"
-            time.sleep(0.02)
+            return self.full()
+
+        wait_for(full)
 
     def close(self):
         subprocess.run(["umount", "-l", self.path], check=True)
@@ -63,20 +65,19 @@ def disk(tmp_path):
         pytest.param("file", "zmq", marks=pytest.mark.soak),
     ],
 )
-def test_full_disk_is_waited_for(edm, program, tmp_path, disk, store, transport):
-    command = (program("working_set"), 24, 2)
-    process = edm.start(
-        "run", "--transport", transport, "--store", store, "--path", disk.path, "--local-memory", "5M",
+def test_full_disk_is_waited_for(working, tmp_path, disk, store, transport):
+    run = working(
+        "--transport", transport, "--store", store, "--path", disk.path, "--local-memory", "5M",
         *(("-o", "store.file.segment=1M") if store == "file" else ("-o", "store.lmdb.map_size=2M")),
-        "--report", tmp_path / "r.json", "--", *command,
+        "--report", tmp_path / "r.json", megabytes=24,
     )  # fmt: skip
-    disk.wait_until_full(process)
+    disk.wait_until_full(run.process)
     time.sleep(1)
-    assert process.poll() is None
+    assert run.process.poll() is None
+    assert not run.sign.exists()  # it has not yet done what it was to
     disk.grow()
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 0, err.decode()
-    assert out == subprocess.run(list(map(str, command)), capture_output=True, check=True).stdout
+    out, err = run.finish()
+    assert (run.process.returncode, out) == (0, run.alone()), err.decode()
     counters = json.loads((tmp_path / "r.json").read_text())["counters"]
     assert counters["write_failures"] > 0
     assert counters["internal_errors"] == counters["lost"] == 0
@@ -94,7 +95,7 @@ def told(err):
 
 
 @pytest.mark.parametrize(("store", "limit"), [("memory", "28M"), pytest.param("lmdb", "40M", marks=pytest.mark.soak)])
-def test_limit_is_waited_for_until_another_program_lets_go(edm, program, tmp_path, store, limit):
+def test_limit_is_waited_for_until_another_program_lets_go(edm, working, tmp_path, store, limit):
     """One memory server with room for one program's pages: the second waits until the first has ended."""
     endpoint = f"ipc://{tmp_path}/s.sock"
     server = edm.start("dms", "--listen", endpoint, "--path", tmp_path / "dms", "--store", store,
@@ -108,20 +109,17 @@ for i in range(0, len(m), 4096): m[i:i+8] = i.to_bytes(8, 'big')
 open({str(held)!r}).read()
 print(all(m[i:i+8] == i.to_bytes(8, 'big') for i in range(0, len(m), 4096)))
 """
-    arguments = ("run", "--dms", endpoint, "--local-memory")
-    first = edm.start(*arguments, "12M", "--", sys.executable, "-c", hold)
+    first = edm.start("run", "--dms", endpoint, "--local-memory", "12M", "--", sys.executable, "-c", hold)
     wait_for(lambda: figures(tmp_path / "dms")[0] > 2000)
-    command = (program("working_set"), 24, 2)
-    second = edm.start(*arguments, "5M", "--report", tmp_path / "r.json", "--", *command)
+    second = working("--dms", endpoint, "--local-memory", "5M", "--report", tmp_path / "r.json", megabytes=24)
     wait_for(lambda: figures(tmp_path / "dms")[1] > 0)
     time.sleep(1)
-    assert second.poll() is None
+    assert second.process.poll() is None
     held.write_text("go on")
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=WAIT_S)
     assert (first.returncode, out) == (0, b"True\n"), err.decode()
-    out, err = second.communicate(timeout=60)
-    assert second.returncode == 0, err.decode()
-    assert out == subprocess.run(list(map(str, command)), capture_output=True, check=True).stdout
+    out, err = second.finish()
+    assert (second.process.returncode, out) == (0, second.alone()), err.decode()
     assert json.loads((tmp_path / "r.json").read_text())["counters"]["lost"] == 0
     told(err)
     edm.end(server)
@@ -134,10 +132,3 @@ def figures(directory):
     except UsageError:
         return 0, 0
     return store["pages"]["pages"], store["server"]["failed"]
-
-
-def wait_for(true):
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_deaths import descendants, expected, kill_while_at_work, wait_for
+from test_deaths import descendants, expected, wait_for
 from watching import wait_for as until
+from working import WAIT_S
 
 from edm.privileges import HANDLER, Capability
 
@@ -55,19 +56,18 @@ MPI = (Capability.SYS_PTRACE, Capability.IPC_LOCK)
 @pytest.mark.parametrize(
     ("transport", "more"), [("zmq", ()), pytest.param("mpi", MPI, marks=[pytest.mark.mpi, pytest.mark.soak])]
 )
-def test_all_threads_have_only_what_they_need(edm, program, transport, more):
-    command = (program("working_set"), 8, 400)
-    process = edm.start("run", "--transport", transport, "--local-memory", "4M", "--", *command)
-    titles = ("edm: dm-handler", "edm: holder", "edm: dms")
-    handler, holder, dms, working, _ = wait_for(process.pid, *titles, "working_set", "edm: sidecar")
+def test_all_threads_have_only_what_they_need(working, transport, more):
+    run = working("--transport", transport, "--local-memory", "4M")
+    program = run.at_work()
+    handler, holder, dms = wait_for(run.process.pid, "edm: dm-handler", "edm: holder", "edm: dms")
     had = threads_of(os.getpid()).pop()[0]
     serving = mask(*{*HANDLER, *more}) & had
     assert threads_of(handler) == threads_of(holder) == {(serving, serving, False)}
     stores = mask(*more) & had
     assert threads_of(dms) == {(stores, stores, False)}
-    assert threads_of(working) == threads_of(os.getpid())  # the program is as without EDM
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    assert threads_of(program) == threads_of(os.getpid())  # the program is as without EDM
+    run.process.send_signal(signal.SIGTERM)
+    run.process.communicate(timeout=WAIT_S)
 
 
 @pytest.mark.soak
@@ -101,14 +101,16 @@ def test_power_over_all_files_is_kept_only_where_a_directory_takes_it(owner, tmp
 
 @pytest.mark.soak
 @pytest.mark.parametrize("transport", ["inproc", "zmq", pytest.param("mpi", marks=pytest.mark.mpi)])
-def test_without_it_another_users_program_is_served_through_a_death(open_edm, program, transport):
-    command = (shutil.copy(program("working_set"), open_edm.directory), 8, 60)
+def test_without_it_another_users_program_is_served_through_a_death(open_edm, program, working, transport):
+    path = shutil.copy(program("working_set"), open_edm.directory)
+    open_edm.directory.chmod(0o777)  # it makes its sign there
     options = ("--transport", transport, "--user", "nobody", "--local-memory", "4M")
-    process = open_edm.start("run", *options, "--", *command)
-    handler, working, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
-    kill_while_at_work(handler, working)
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, out) == (0, expected(command)), err
+    run = working(*options, by=open_edm, path=path)
+    run.at_work()
+    (handler,) = wait_for(run.process.pid, "edm: dm-handler")
+    os.kill(handler, signal.SIGKILL)
+    out, err = run.finish()
+    assert (run.process.returncode, out) == (0, run.alone()), err
     assert b"is there again; the program goes on" in err
     assert open_edm.left_behind() == ({}, [])
 
@@ -134,27 +136,22 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_stranger_gets_nothing_from_any_socket_whatever_the_umask(open_edm, program):
-    command = (program("working_set"), 8, 60)
-    process = open_edm.start("run", "--transport", "zmq", "--local-memory", "4M", "--", *command, umask=0)
-    working, _ = wait_for(process.pid, "working_set", "edm: sidecar")
-    os.kill(working, signal.SIGSTOP)  # or it may be at its end before anybody has come
+def test_a_stranger_gets_nothing_from_any_socket_whatever_the_umask(open_edm, working):
+    run = working("--transport", "zmq", "--local-memory", "4M", by=open_edm, umask=0)
+    run.at_work()
     sockets = sorted(path for path in open_edm.sockets.rglob("*") if path.is_socket())
     ran = subprocess.run([sys.executable, "-c", STRANGER, *sockets], capture_output=True, text=True, timeout=60)
-    os.kill(working, signal.SIGCONT)
     said = dict(line.split(" ", 1) for line in ran.stdout.splitlines())
     assert said.keys() == {"capture.sock", "control.sock", "dms.sock", "pages.sock"}, ran.stderr
     assert said.pop("dms.sock") == "may not connect"
     assert set(said.values()) <= {"b''", "ConnectionResetError", "BrokenPipeError"}, said
-    out, err = process.communicate(timeout=80)
-    assert (process.returncode, out, err) == (0, expected(command), b"")
+    out, err = run.finish()
+    assert (run.process.returncode, out, err) == (0, run.alone(), b"")
 
 
-def test_no_more_connections_are_taken_than_there_is_a_bound_for(open_edm, program):
-    command = (program("working_set"), 8, 60)
-    process = open_edm.start("run", "--transport", "inproc", "--local-memory", "4M", "--", *command)
-    working, _ = wait_for(process.pid, "working_set", "edm: sidecar")
-    os.kill(working, signal.SIGSTOP)
+def test_no_more_connections_are_taken_than_there_is_a_bound_for(open_edm, working):
+    run = working("--transport", "inproc", "--local-memory", "4M", by=open_edm)
+    run.at_work()
     (handler,) = open_edm.pids(("edm: dm-handler",))
 
     def threads():
@@ -171,13 +168,12 @@ def test_no_more_connections_are_taken_than_there_is_a_bound_for(open_edm, progr
     for line in lines:
         line.close()
     until(lambda: threads() == before)  # those that waited were let in, and were gone
-    os.kill(working, signal.SIGCONT)
-    out, err = process.communicate(timeout=80)
-    assert (process.returncode, out, err) == (0, expected(command), b"")
+    out, err = run.finish()
+    assert (run.process.returncode, out, err) == (0, run.alone(), b"")
 
 
 @pytest.mark.soak
-def test_no_secret_key_is_in_an_environment_a_command_line_or_a_log(edm, program, tmp_path):
+def test_no_secret_key_is_in_an_environment_a_command_line_or_a_log(edm, working, tmp_path):
     keys = {}
     for who in ("server", "client"):
         (tmp_path / who).mkdir()
@@ -190,24 +186,21 @@ def test_no_secret_key_is_in_an_environment_a_command_line_or_a_log(edm, program
         "dms", "--listen", endpoint, "--path", tmp_path / "kept", "--log-level", "debug", *options["server"], *clients
     )
     assert server.stdout.readline().startswith(b"edm: dms ready at ")
-    command = (program("working_set"), 8, 6)
     theirs = ("-o", f"transport.zmq.server_key={tmp_path}/server/edm.pub")
     edm.environment["EDM_INTERNAL_LOG"] = "DEBUG"
-    process = edm.start(
-        *("run", "--dms", endpoint, *options["client"], *theirs, "--keep", "--local-memory", "4M", "--", *command)
-    )
-    wait_for(process.pid, "working_set", "edm: sidecar")
+    run = working("--dms", endpoint, *options["client"], *theirs, "--keep", "--local-memory", "4M")
+    run.at_work()
     told = []
-    for pid in (process.pid, server.pid, *descendants(process.pid)):
+    for pid in (run.process.pid, server.pid, *descendants(run.process.pid)):
         try:
             told += [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline")]
         except OSError:  # it has just ended
             continue
     assert len(told) >= 8
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (0, expected(command)), err
+    out, err = run.finish()
+    assert (run.process.returncode, out) == (0, run.alone()), err
     server.send_signal(signal.SIGTERM)
-    told += [err, *server.communicate(timeout=30)]
+    told += [err, *server.communicate(timeout=WAIT_S)]
     kept = [path for place in (edm.files, edm.sockets, tmp_path / "kept") for path in place.rglob("*")]
     logs = [path for path in kept if path.is_file() and path.suffix in {".log", ".json"}]
     assert logs

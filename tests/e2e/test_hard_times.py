@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from test_deaths import expected, wait_for
+from watching import wait_for as until
+from working import WAIT_S
 
 from edm.faultpoints import VARIABLE
 
@@ -19,21 +21,16 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 
 
 @pytest.fixture
-def held(edm, program):
-    """Start working_set over a store that hangs at a point; returns (process, command, flag)."""
+def held(edm, working):
+    """Start working_set over a store that hangs at a point; returns it, and the flag that ends that."""
 
     def start(point, *options):
         flag = edm.directory / "point"
         flag.write_text(f"dm-handler {point} hold 40\n")
         edm.environment[VARIABLE] = str(flag)
-        command = (program("working_set"), 8, 60)
-        arguments = ("--transport", "inproc", "--store", "lmdb", "--local-memory", "2M", *options)
-        process = edm.start("run", *arguments, "--", *command)
-        end = time.monotonic() + 40
-        while flag.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-        assert not flag.exists()
-        return process, command, flag
+        run = working("--transport", "inproc", "--store", "lmdb", "--local-memory", "2M", *options)
+        until(lambda: not flag.exists())
+        return run, flag
 
     return start
 
@@ -41,20 +38,20 @@ def held(edm, program):
 @pytest.mark.soak
 @pytest.mark.parametrize("point", ["pages_asked", "pages_put"])
 def test_a_store_that_hangs_is_waited_for_and_told_of(edm, held, point):
-    process, command, flag = held(point)
-    told = process.stderr.readline()
+    run, flag = held(point)
+    told = run.process.stderr.readline()
     assert re.fullmatch(rb"edm: warning: the page store has not answered for \d+ s; waiting\n", told)
     flag.write_text("")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (0, expected(command)), err
+    out, err = run.finish()
+    assert (run.process.returncode, out) == (0, run.alone()), err
     assert re.fullmatch(rb"edm: warning: the page store answers again, after [\d.]+ s\n", err)
     assert edm.left_behind()[0] == {}
 
 
 def test_a_store_that_hangs_for_too_long_ends_the_program_where_that_is_wanted(edm, held):
-    process, _, _ = held("pages_asked", "--on-loss", "kill", "--patience-s", 1)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (70, b"")
+    run, _ = held("pages_asked", "--on-loss", "kill", "--patience-s", 1)
+    out, err = run.process.communicate(timeout=WAIT_S)
+    assert (run.process.returncode, out) == (70, b"")
     assert err.endswith(b"edm: the page store did not answer within 1 s\n")
     assert edm.left_behind()[0] == {}
 
@@ -112,15 +109,12 @@ def test_a_slow_store_slows_the_program_down_and_fills_no_memory(edm, program, t
     ],
     ids=["zmq", "inproc"],
 )
-def test_a_dm_handler_without_memory_is_replaced_or_waits(edm, program, transport, says):
-    command = (program("working_set"), 64, 2)
-    process = edm.start("run", "--transport", transport, "--local-memory", "4M", "--", *command)
-    handler, working, _ = wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
-    os.kill(working, signal.SIGSTOP)
+def test_a_dm_handler_without_memory_is_replaced_or_waits(edm, working, transport, says):
+    run = working("--transport", transport, "--local-memory", "4M", megabytes=64)
+    (handler, _) = wait_for(run.process.pid, "edm: dm-handler", "edm: sidecar")
     resource.prlimit(handler, resource.RLIMIT_DATA, (4096, 4096))  # no more than it has
-    os.kill(working, signal.SIGCONT)
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, out) == (0, expected(command)), err
+    out, err = run.finish()
+    assert (run.process.returncode, out) == (0, run.alone()), err
     assert re.search(says, err)
     assert edm.left_behind() == ({}, [])
 
@@ -160,20 +154,18 @@ time_t time(time_t *out) {
 
 @pytest.mark.soak
 @pytest.mark.parametrize("transport", ["zmq", pytest.param("mpi", marks=pytest.mark.mpi)])
-def test_a_wall_clock_that_jumps_by_hours_changes_nothing(edm, program, tmp_path, transport):
+def test_a_wall_clock_that_jumps_by_hours_changes_nothing(edm, working, tmp_path, transport):
     (tmp_path / "jumps.c").write_text(JUMPS)
     library = tmp_path / "jumps.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, tmp_path / "jumps.c"], check=True)
-    command = (program("working_set"), 8, 30)
     edm.environment["LD_PRELOAD"] = str(library)
-    process = edm.start("run", "--transport", transport, "--local-memory", "4M", "--", *command)
-    server, working, _ = wait_for(process.pid, "edm: dms", "working_set", "edm: sidecar")
+    run = working("--transport", transport, "--local-memory", "4M")
+    run.at_work()
+    (server,) = wait_for(run.process.pid, "edm: dms")
     assert str(library) in Path(f"/proc/{server}/maps").read_text()
-    os.kill(working, signal.SIGSTOP)
     os.kill(server, signal.SIGKILL)  # waiting, its limits and what is started again go by a clock as well
-    os.kill(working, signal.SIGCONT)
-    out, err = process.communicate(timeout=80)
-    assert (process.returncode, out) == (0, expected(command)), err
+    out, err = run.finish()
+    assert (run.process.returncode, out) == (0, run.alone()), err
     assert b"is there again; the program goes on" in err
     assert edm.left_behind() == ({}, [])
 

@@ -39,8 +39,9 @@ class Link:
         self.status, self.out, self.err = (directory / name for name in ("status", "out", "err"))
         server = (*EDM, "dms", "--listen", "tcp://10.0.0.1:7070", "--path", str(directory / "dms"),
                   "-o", "transport.zmq.insecure=true", *SHORT)  # fmt: skip
+        self.sign = directory / "at-work"
         run = (*EDM, "run", "--dms", "tcp://10.0.0.1:7070", "-o", "transport.zmq.insecure=true", *SHORT,
-               "--local-memory", "4M", "--", *map(str, command))  # fmt: skip
+               "--local-memory", "4M", "--", *map(str, command), str(self.sign))  # fmt: skip
         script = f"{shlex.join(run)} >{self.out} 2>{self.err}; echo $? >{self.status}.new; mv {self.status}.new $0"
         self.process = subprocess.Popen(
             [sys.executable, str(LINK), "sh", "-c", f"exec {shlex.join(server)} >&2", "--",
@@ -57,7 +58,7 @@ class Link:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(SOON_S)
         self.process.stdout.close()
         self.process.stderr.close()
 
@@ -80,21 +81,27 @@ def linked(edm, tmp_path):
 
 
 def test_a_program_waits_for_a_bad_link_and_goes_on(linked, program):
-    command = (program("working_set"), 24, 8)
+    command = (program("working_set"), 8, 1)
     link = linked(command)
-    wait_until(lambda: link.say("mend")[0] > 500 or link.status.exists(), "pages going over the link")
+    wait_until(link.sign.exists, "the program at work over the link")
+
+    def carried(packets):
+        least = link.say("mend")[0] + packets
+        return lambda: link.say("mend")[0] > least
+
     link.say("delay 0.01")
-    time.sleep(0.5)
+    wait_until(carried(100), "pages going over a slow link")
     link.say("delay 0")
     link.say("drop 0.05")
-    time.sleep(0.8)
+    wait_until(lambda: link.say("drop 0.05")[1] > 2, "packets to drop")
     link.say("drop 0")
+    wait_until(carried(100), "pages going over the link again")
     at = link.say("cut")
     time.sleep(2.5)  # longer than a silence may last: both sides drop the connection, and make it anew
-    waited = link.say("mend")
+    link.sign.unlink()
+    wait_until(lambda: link.say("cut")[1] > at[1], "packets while it is cut")
     assert not link.status.exists()
-    assert waited[0] == at[0]
-    assert waited[1] > at[1] > 0
+    assert link.say("mend")[0] == at[0]
     wait_until(link.status.exists, "the program's end")
     assert link.status.read_text() == "0\n", link.err.read_text()
     assert link.out.read_bytes() == plain(command)
@@ -116,24 +123,22 @@ def server(edm, tmp_path):
     return start
 
 
-def test_a_program_goes_on_when_its_server_was_killed_and_started_again(edm, server, program, tmp_path):
-    command = (program("working_set"), 16, 6)
+def test_a_program_goes_on_when_its_server_was_killed_and_started_again(working, server, tmp_path):
     serving = server()
-    run = edm.start("run", "--dms", server.endpoint, *SHORT, "--local-memory", "4M", "--", *command)
+    run = working("--dms", server.endpoint, *SHORT, "--local-memory", "4M")
+    run.at_work()
     for _ in range(2):
         before = stored(tmp_path / "dms")
         wait_until(lambda before=before: stored(tmp_path / "dms") > before + 300, "evictions")
-        assert run.poll() is None
         serving.send_signal(signal.SIGKILL)
         serving.wait()
         time.sleep(0.7)
-        assert run.poll() is None
+        assert run.process.poll() is None
         serving = server()
-    out, err = run.communicate(timeout=SOON_S)
-    assert run.returncode == 0, err
-    assert out == plain(command)
+    out, err = run.finish()
+    assert (run.process.returncode, out) == (0, run.alone()), err
     serving.send_signal(signal.SIGTERM)
-    assert serving.wait(20) == 0
+    assert serving.wait(SOON_S) == 0
 
 
 def stored(directory):

@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+from test_deaths import wait_for
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 
@@ -32,11 +33,11 @@ def big_text(tmp_path_factory):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_working_set_over_budget_is_the_same_over_every_transport(edm, program, tmp_path, transport):
-    command = (program("working_set"), 24, 2)
-    ran = edm.run("--transport", transport, "--local-memory", "6M", "--report", tmp_path / "r.json", "--", *command)
-    assert (ran.status, ran.err) == (0, "")
-    assert ran.out == plain(*command)
+def test_working_set_over_budget_is_the_same_over_every_transport(edm, working, tmp_path, transport):
+    options = ("--transport", transport, "--local-memory", "6M", "--report", tmp_path / "r.json")
+    run = working(*options, megabytes=24)
+    out, err = run.finish()
+    assert (run.process.returncode, out, err) == (0, run.alone(), b"")
     counters = report_of(tmp_path / "r.json")["counters"]
     assert counters["evictions"] > 2000
     assert counters["fetches"] > 1000
@@ -97,28 +98,16 @@ def captured_resident_bytes(pid):
     return total
 
 
-def child_running(pid, name):
-    """The pid of the program that `edm run` (pid) has started, once it is there."""
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        out = subprocess.run(["pgrep", "-P", str(pid), "-x", name], capture_output=True, text=True).stdout.split()
-        if out:
-            return int(out[0])
-        time.sleep(0.02)
-    pytest.fail(f"no {name} was started")
-
-
 @pytest.mark.mpi
-def test_256_megabytes_in_64_keep_the_budget(edm, program, tmp_path):
-    command = (program("working_set"), 256, 1)
-    process = edm.start("run", "--local-memory", "64M", "--report", tmp_path / "r.json", "--", *command)
-    pid, peak = child_running(process.pid, "working_set"), 0
-    while process.poll() is None:
+def test_256_megabytes_in_64_keep_the_budget(edm, working, tmp_path):
+    run = working("--local-memory", "64M", "--report", tmp_path / "r.json", megabytes=256)
+    pid, peak = wait_for(run.process.pid, "working_set")[0], 0
+    while run.process.poll() is None:
         peak = max(peak, captured_resident_bytes(pid))
+        run.sign.unlink(missing_ok=True)
         time.sleep(0.05)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (0, b"")
-    assert out == plain(*command)
+    out, err = run.process.communicate(timeout=30)
+    assert (run.process.returncode, out, err) == (0, run.alone(), b"")
     report = report_of(tmp_path / "r.json")
     counters = report["counters"]
     assert counters["evictions"] > 100_000

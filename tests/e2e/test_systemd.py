@@ -122,7 +122,7 @@ def box(tmp_path):
 
 
 @pytest.mark.uffd
-def test_the_service_serves_a_program_reloads_is_restarted_and_stops(box, edm, program, tmp_path):
+def test_the_service_serves_a_program_reloads_is_restarted_and_stops(box, working, tmp_path):
     keys = box.file("etc/edm")
     keys.mkdir(mode=0o755)
     _, server_key = new_keys(keys, "server")
@@ -133,20 +133,18 @@ def test_the_service_serves_a_program_reloads_is_restarted_and_stops(box, edm, p
     assert box.show("ActiveState", "SubState", "StatusText") == ["active", "running", "serving at tcp://0.0.0.0:7070"]
     assert box("ps", "-o", "user=", "-p", box.show("MainPID")[0]) == "edm-dms"
     data = box.file("var/lib/private/edm")
-    command = (program("working_set"), 16, 3)
-    run = edm.start(
-        "run", "--dms", "tcp://127.0.0.1:7070", *SHORT, "-o", f"transport.zmq.key={mine}",
-        "-o", f"transport.zmq.server_key={server_key}", "--local-memory", "4M", "--", *command,
-        wrapper=box.entry("-n"),
+    run = working(
+        "--dms", "tcp://127.0.0.1:7070", *SHORT, "-o", f"transport.zmq.key={mine}",
+        "-o", f"transport.zmq.server_key={server_key}", "--local-memory", "4M", wrapper=box.entry("-n"),
     )  # fmt: skip
-    wait_until(lambda: run.poll() is not None or ask_status(data)["store"]["server"]["stored"] > 300, box.journal)
+    run.at_work()
+    wait_until(lambda: ask_status(data)["store"]["server"]["stored"] > 300, box.journal)
     (data / "dms.toml").write_text('quota = "1G"\n')
     box("systemctl", "reload", "edm-dms")
     wait_until(lambda: ask_status(data)["quota_pages"] == 2**30 // 4096, box.journal)
     box("systemctl", "kill", "-s", "KILL", "edm-dms")
     wait_until(lambda: box.show("NRestarts", "ActiveState") == ["1", "active"], box.journal)
-    out, err = run.communicate(timeout=SOON_S)
-    assert (run.returncode, err) == (0, b""), box.journal()
-    assert out == subprocess.run([*map(str, command)], capture_output=True, check=True).stdout
+    out, err = run.finish()
+    assert (run.process.returncode, out, err) == (0, run.alone(), b""), box.journal()
     box("systemctl", "stop", "edm-dms")
     assert box.show("ActiveState", "Result", "ExecMainStatus") == ["inactive", "success", "0"]

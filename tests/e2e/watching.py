@@ -159,7 +159,7 @@ class Watch:
         self.close()
 
 
-def wait_for(condition, within_s=30.0):
+def wait_for(condition, within_s=60.0):
     """Poll until the condition is true; returns its value, or fails."""
     end = time.monotonic() + within_s
     while not (value := condition()):

@@ -1,6 +1,11 @@
 // A program with MEGABYTES of live data: fills it, then reads and writes pages in random order for ROUNDS passes, each
 // page carrying its number and how often it was written, checked at every touch. Prints one line that is the same
 // wherever its memory is. Exit 1 on a wrong byte.
+//
+// Usage: working_set [MEGABYTES [ROUNDS [SIGN]]]. With a SIGN it waits until its memory is captured, works ROUNDS
+// passes as ever, makes the file SIGN, with its pid and how many passes more there were, and goes on for as long as
+// that is there.
+#include "captured.h"
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,9 +33,9 @@ static void fill(struct page *p, uint64_t number, uint64_t writes) {
         p->body[i] = mix(number * 1000003 + writes * 7919 + i);
 }
 
-static void check(const struct page *p, uint64_t number, uint64_t writes) {
+static void check(const struct page *p, uint64_t number, uint64_t writes, size_t step) {
     int wrong = p->number != number || p->writes != writes;
-    for (size_t i = 0; i < sizeof p->body / 8; i += 61)
+    for (size_t i = 0; i < sizeof p->body / 8; i += step)
         wrong |= p->body[i] != mix(number * 1000003 + writes * 7919 + i);
     if (wrong) {
         printf("page %lu: wrong bytes (number %lu, writes %lu, expected %lu)\n", (unsigned long)number,
@@ -39,26 +44,57 @@ static void check(const struct page *p, uint64_t number, uint64_t writes) {
     }
 }
 
-int main(int argc, char **argv) {
-    uint64_t pages = (argc > 1 ? strtoull(argv[1], 0, 10) : 256) * 256, rounds = argc > 2 ? strtoull(argv[2], 0, 10) : 1;
-    struct page *data = aligned_alloc(PAGE, pages * sizeof *data);
-    uint32_t *writes = calloc(pages, sizeof *writes);
-    if (!data || !writes)
-        return 2;
-    for (uint64_t i = 0; i < pages; i++)
-        fill(&data[i], i, 0);
-    uint64_t state = 42, sum = 0;
-    for (uint64_t k = 0; k < rounds * pages; k++) {
+static struct page *data;
+static uint32_t *writes;
+static uint64_t pages, state = 42;
+
+static void work(void) {
+    for (uint64_t k = 0; k < pages; k++) {
         state = state * 6364136223846793005ull + 1442695040888963407ull;
         uint64_t i = (state >> 33) % pages;
-        check(&data[i], i, writes[i]);
+        check(&data[i], i, writes[i], 61);
         if (state >> 32 & 1)
             fill(&data[i], i, ++writes[i]);
     }
+}
+
+// More passes, as long as the file is there.
+static void work_on(const char *sign) {
+    FILE *f = fopen(sign, "w");
+    if (!f)
+        exit(2);
+    setbuf(f, NULL);
+    for (uint64_t more = 0;; more++) {
+        rewind(f);
+        fprintf(f, "%d %lu\n", (int)getpid(), (unsigned long)more);
+        if (access(sign, F_OK))
+            break;
+        work();
+    }
+    fclose(f);
+    for (uint64_t i = 0; i < pages; i++)
+        check(&data[i], i, writes[i], 1);
+}
+
+int main(int argc, char **argv) {
+    pages = (argc > 1 ? strtoull(argv[1], 0, 10) : 256) * 256;
+    uint64_t rounds = argc > 2 ? strtoull(argv[2], 0, 10) : 1, sum = 0;
+    data = aligned_alloc(PAGE, pages * sizeof *data);
+    writes = calloc(pages, sizeof *writes);
+    if (!data || !writes)
+        return 2;
+    if (argc > 3)
+        wait_until_captured(data);
+    for (uint64_t i = 0; i < pages; i++)
+        fill(&data[i], i, 0);
+    for (uint64_t k = 0; k < rounds; k++)
+        work();
     for (uint64_t i = 0; i < pages; i++) {
-        check(&data[i], i, writes[i]);
+        check(&data[i], i, writes[i], 61);
         sum = mix(sum ^ data[i].body[i % (sizeof data[i].body / 8)]);
     }
+    if (argc > 3)
+        work_on(argv[3]);
     printf("%lu pages, sum %016lx\n", (unsigned long)pages, (unsigned long)sum);
     return 0;
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 import attrs
 import numpy as np
 from elftools.elf.elffile import ELFFile
+from watching import anonymous_bytes, wait_for
 
 MIB, CLOSED_PAGES, UNTOUCHED_PAGES = 4, 64, 1 << 14
 MAGIC = 0x5041545445524E31
@@ -24,7 +25,7 @@ class Patterned:
 
     def end(self):
         """Have it check all of its memory; its standard output and error."""
-        return self.edm.communicate(timeout=40)
+        return self.edm.communicate(timeout=90)
 
 
 def start(command, starter):
@@ -38,7 +39,10 @@ def start(command, starter):
 def start_captured(edm, program, *options, **keywords):
     """Start it under EDM, as a child of a shell."""
     command = ("run", *BUDGET, *options, "--", "sh", "-c", f"{program('patterned')} {MIB}; exit $?")
-    return start(command, lambda words: edm.start(*words, stdin=subprocess.PIPE, **keywords))
+    running = start(command, lambda words: edm.start(*words, stdin=subprocess.PIPE, **keywords))
+    # What was written before it was captured is above the budget, and leaves now.
+    wait_for(lambda: anonymous_bytes(running.pid) <= MIB << 19)
+    return running
 
 
 def pattern(pages):

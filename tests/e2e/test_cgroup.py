@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 import test_deaths
 from watching import wait_for
+from working import CAPTURED
 
 from edm.config.machine import MemoryLimit
 
@@ -16,15 +16,19 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
 LIMIT = 384 << 20
 PLACES = (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max"))
-TOUCH = """
-import sys, time
-data = []
-for n in range(int(sys.argv[1])):
-    data.append(bytearray([n % 251]) * (1 << 20))
-    time.sleep(0.001)  # what is touched between two looks at a program is above its budget
-assert all(block.count(n % 251) == len(block) for n, block in enumerate(data))
-print(len(data))
+TOUCH = (
+    CAPTURED
+    + """
+import mmap, sys
+count, size = int(sys.argv[1]), 1 << 20
+data = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+wait_until_captured(len(data))  # what is touched before is above the budget
+for n in range(count):
+    data[n * size : (n + 1) * size] = bytes([n % 251]) * size
+assert all(data[n * size : (n + 1) * size].count(n % 251) == size for n in range(count))
+print(count)
 """
+)
 
 
 @pytest.fixture
@@ -92,16 +96,13 @@ def test_a_budget_above_the_cgroups_limit_is_warned_of_in_one_line(inside, cgrou
 
 @pytest.mark.soak
 @pytest.mark.parametrize("transport", ["inproc", "zmq"])
-def test_a_dm_handler_that_the_kernel_ends_for_want_of_memory_is_replaced(edm, cgroup, program, transport):
-    command = (program("working_set"), 64, 4)
-    process = edm.start("run", "--transport", transport, "--local-memory", "8M", "--", *command)
-    handler, working, _ = test_deaths.wait_for(process.pid, "edm: dm-handler", "working_set", "edm: sidecar")
-    os.kill(working, signal.SIGSTOP)
+def test_a_dm_handler_that_the_kernel_ends_for_want_of_memory_is_replaced(edm, cgroup, working, transport):
+    run = working("--transport", transport, "--local-memory", "8M", megabytes=64)
+    (handler, _) = test_deaths.wait_for(run.process.pid, "edm: dm-handler", "edm: sidecar")
     cgroup.write_text(str(256 << 10))
     (cgroup.parent / "cgroup.procs").write_text(str(handler))
-    os.kill(working, signal.SIGCONT)
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, out) == (0, test_deaths.expected(command)), err
+    out, err = run.finish()
+    assert (run.process.returncode, out) == (0, run.alone()), err
     assert b"the DM-Handler has died; starting another" in err
     assert killed_for_memory(cgroup.parent) == 1
     assert edm.left_behind() == ({}, [])

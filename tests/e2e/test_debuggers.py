@@ -12,7 +12,7 @@ import pytest
 from patterned import MAGIC, MIB, pattern, start_captured
 from watching import wait_for
 
-pytestmark = [pytest.mark.uffd, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 
 ENVIRONMENT = {**os.environ, "DEBUGINFOD_URLS": ""}
 SHOWN = range(0, MIB << 8, 64)
@@ -65,7 +65,7 @@ def gdb_commands(*commands):
     return ["gdb", "-nx", "-batch", *(word for command in commands for word in ("-ex", command))]
 
 
-def gdb(*words, timeout=40):
+def gdb(*words, timeout=100):
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
 
 
@@ -108,17 +108,19 @@ def test_strace_attaches_and_lets_go(running, tmp_path):
     )
     wait_for(lambda: (tmp_path / "calls").exists() and os.stat(tmp_path / "calls").st_size > 10_000)
     tracing.send_signal(2)
-    tracing.wait(10)
+    tracing.wait(60)
     assert "clock_nanosleep(" in (tmp_path / "calls").read_text()
 
 
 def test_perf_attaches(running, tmp_path):
     need("perf")
-    recorded = subprocess.run(
-        ["perf", "record", "-o", tmp_path / "data", "-p", str(running.pid), "--", "sleep", "0.3"], capture_output=True
-    )
-    assert recorded.returncode == 0, recorded.stderr
-    told = subprocess.run(["perf", "report", "-i", tmp_path / "data", "--stdio"], capture_output=True, text=True)
+    record = ["perf", "record", "-o", tmp_path / "data", "-p", str(running.pid), "--", "sleep"]
+    for seconds in ("0.3", "3", "30"):  # it may stand still for a while, as everything else on a machine
+        recorded = subprocess.run([*record, seconds], capture_output=True)
+        assert recorded.returncode == 0, recorded.stderr
+        told = subprocess.run(["perf", "report", "-i", tmp_path / "data", "--stdio"], capture_output=True, text=True)
+        if "patterned" in told.stdout:
+            break
     assert "patterned" in told.stdout, told.stderr
 
 

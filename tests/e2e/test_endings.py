@@ -6,7 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -62,7 +61,7 @@ def test_signal_ends_everything(edm, transport, number):
     process = edm.start("run", "--transport", transport, "--local-memory", "4M", "--", sys.executable, "-c", SLEEPER)
     assert process.stdout.readline() == b"up\n"
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode in {-number, 1}  # Python turns SIGINT into KeyboardInterrupt, and then dies of it
     assert edm.left_behind() == ({}, [])
 
@@ -73,7 +72,9 @@ import signal, sys, time
 hits = []
 signal.signal(signal.SIGINT, lambda *_: hits.append(1))
 print("up", flush=True)
-end = time.monotonic() + 2
+while not hits:
+    time.sleep(0.05)
+end = time.monotonic() + 1  # for another
 while time.monotonic() < end:
     time.sleep(0.05)
 print(len(hits), flush=True)
@@ -90,7 +91,7 @@ print(len(hits), flush=True)
     try:
         assert process.stdout.readline() == b"up\n"
         os.write(master, b"\x03")
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=60)
     finally:
         edm.end(process)
         os.close(master)
@@ -108,13 +109,17 @@ def test_titles_in_ps(edm):
     assert edm.left_behind() == ({}, [])
 
 
-def test_a_program_left_behind_is_served_until_it_ends(edm):
-    script = f"{sys.executable} -c 'import time; d = bytearray(9 << 20); time.sleep(3.5); print(sum(d))' & echo started"
-    began = time.monotonic()
-    ran = edm.run("--transport", "inproc", "--local-memory", "4M", "--", "sh", "-c", script)
-    assert (ran.status, ran.out) == (0, b"started\n0\n")
-    assert "still serving 1 process" in ran.err
-    assert time.monotonic() - began > 2
+def test_a_program_left_behind_is_served_until_it_ends(edm, tmp_path):
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    code = "import sys; data = bytearray(9 << 20); open(sys.argv[1]).read(); print(sum(data))"
+    script = f"{sys.executable} -c '{code}' {held} & echo started"
+    process = edm.start("run", "--transport", "inproc", "--local-memory", "4M", "--", "sh", "-c", script)
+    assert b"still serving 1 process" in process.stderr.readline()
+    assert process.poll() is None
+    held.write_text("go on")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, b"started\n0\n", b"")
     assert edm.left_behind() == ({}, [])
 
 
@@ -136,7 +141,7 @@ def test_bad_input_is_one_line_and_exit_2(edm, tmp_path, arguments, says):
     assert ran.status == 2
     assert says.lower() in one_line(ran.err).lower()
     assert not flag.exists()
-    assert edm.left_behind(within_s=1) == ({}, [])
+    assert edm.left_behind() == ({}, [])
 
 
 def test_static_program_is_refused_with_the_reason(edm, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = [pytest.mark.uffd, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.uffd, pytest.mark.timeout(150)]
 
 PAGES = 8192
 EIGHTH = PAGES // 8

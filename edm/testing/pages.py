@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -15,19 +16,22 @@ if TYPE_CHECKING:
 
     from edm.types import PageRefs
 
+HELD_S: Final = 60.0
+"""The longest, should nobody make the file."""
+
 
 class DictServer:
     """A `PageServer` that keeps pages in a dict, with two operations more for tests.
 
-    test_delay {seconds, requests}: be that slow for the next so many gets and evicts. test_calls {}: how often each
-    instance's gets and evicts were carried out.
+    test_delay {seconds or until, requests}: be that slow for the next so many gets and evicts, or carry them out only
+    when there is a file of that name. test_calls {}: how often each instance's gets and evicts were carried out.
     """
 
     def __init__(self) -> None:
         self._pages: dict[tuple[int, int], tuple[int, int, bytes]] = {}
         self._instances = 0
         self._sequences: dict[int, int] = {}
-        self._delay = (0.0, 0)
+        self._delay: tuple[float | str, int] = (0.0, 0)
         self._calls: dict[int, int] = {}
 
     def get(self, instance: int, refs: PageRefs, into: memoryview) -> None:
@@ -70,7 +74,7 @@ class DictServer:
                     getattr(self, f"_{request['op']}")(request)
                 return {"ok": True}
             case "test_delay":
-                self._delay = float(request["seconds"]), int(request["requests"])
+                self._delay = request.get("until") or float(request["seconds"]), int(request["requests"])
                 return {"ok": True}
             case "test_calls":
                 return {"ok": True, "calls": {str(key): calls for key, calls in self._calls.items()}}
@@ -106,10 +110,16 @@ class DictServer:
 
     def _called(self, instance: int) -> None:
         self._calls[instance] = self._calls.get(instance, 0) + 1
-        seconds, requests = self._delay
-        if requests:
-            self._delay = seconds, requests - 1
-            time.sleep(seconds)
+        slow, requests = self._delay
+        if not requests:
+            return
+        self._delay = slow, requests - 1
+        if isinstance(slow, float):
+            time.sleep(slow)
+            return
+        end = time.monotonic() + HELD_S
+        while not Path(slow).exists() and time.monotonic() < end:
+            time.sleep(0.01)
 
 
 def crc32c(page: bytes | memoryview) -> int:

@@ -15,7 +15,7 @@ import pytest
 
 from edm.config.options import build_options
 from edm.registry import Registry
-from edm.testing.transport_cases import CASES, LAST_CASE, SLOW_CASES
+from edm.testing.transport_cases import BUSY_CASES, CASES, LAST_CASE, LATE_CASES, SLOW_CASES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LONGEST_S: Final = 90.0
 """For all cases together; they take about ten seconds."""
-_NAMES: Final = [case.__name__ for case in (*CASES, *SLOW_CASES, LAST_CASE)]
+_NAMES: Final = [case.__name__ for case in (*CASES, *SLOW_CASES, LAST_CASE, *BUSY_CASES, *LATE_CASES)]
 
 
 class TransportContract:
@@ -56,9 +56,15 @@ class TransportContract:
     @pytest.fixture(scope="class")
     @classmethod
     def results(cls, tmp_path_factory: pytest.TempPathFactory, transport_options: dict[str, Any]) -> dict[str, str]:
-        """For each case "" or its traceback: all cases run once, in one pair of processes."""
-        run_dir = tmp_path_factory.mktemp(cls.transport)
-        return run_contract(cls.transport, transport_options, run_dir, cls.plan, stands_alone=cls.stands_alone)
+        """For each case "" or its traceback: all cases run once, in a pair of processes for each of the two acts."""
+        results: dict[str, str] = {"statuses": "", "log": ""}
+        for act in ("cases", "late"):
+            run_dir = tmp_path_factory.mktemp(cls.transport)
+            found = run_contract(
+                cls.transport, transport_options, run_dir, cls.plan, stands_alone=cls.stands_alone, act=act
+            )
+            results |= {name: results.get(name, "") + text for name, text in found.items()}
+        return results
 
     @classmethod
     def plan(cls, options: Any, dms: tuple[str, ...], dm_handler: tuple[str, ...]) -> LaunchPlan:
@@ -68,7 +74,9 @@ class TransportContract:
     @pytest.mark.parametrize("case", _NAMES)
     def test_case(self, case: str, results: dict[str, str]) -> None:
         """Each case of `edm.testing.transport_cases`."""
-        if Registry().transport(self.transport).embedded and case in {slow.__name__ for slow in SLOW_CASES}:
+        if Registry().transport(self.transport).embedded and case in {
+            slow.__name__ for slow in (*SLOW_CASES, *LATE_CASES)
+        }:
             # It calls the server itself: there is no reply that could be late.
             assert case not in results
             return

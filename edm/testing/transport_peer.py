@@ -1,7 +1,8 @@
 """The programs that `TransportContract` starts: `python -m edm.testing.transport_peer dms|dm-handler RUN_DIR [LISTEN]`.
 
 RUN_DIR/contract.json names the transport, its options and the act. In the act "cases" the DM-Handler's side writes
-RUN_DIR/results.json: for each case "" or its traceback. In "crash" it evicts pages and is killed; in "after" it comes
+RUN_DIR/results.json: for each case "" or its traceback; in "late" the same for those in which a deadline passes. In
+"crash" it evicts pages and is killed; in "after" it comes
 back as the same instance, to the same store.
 """
 
@@ -24,7 +25,17 @@ from edm.dms.process import open_server
 from edm.dms.server import MemoryServer
 from edm.registry import Registry
 from edm.testing.pages import DictServer, batch_of
-from edm.testing.transport_cases import CASES, DEADLINE_S, LAST_CASE, SLOW_CASES, Peer, wanted
+from edm.testing.transport_cases import (
+    BUSY_CASES,
+    CASES,
+    DEADLINE_S,
+    LAST_CASE,
+    LATE_CASES,
+    LATE_S,
+    SLOW_CASES,
+    Peer,
+    wanted,
+)
 from edm.types import PAGE_BYTES, GetStatus, RunContext
 
 if TYPE_CHECKING:
@@ -64,7 +75,7 @@ def serve(run_dir: Path, listen: str = "") -> None:
 
 def be_handler(run_dir: Path) -> None:
     """Be the DM-Handler in the act that is on."""
-    {"cases": run_cases, "crash": crash, "after": come_back}[_contract(run_dir)["act"]](run_dir)
+    {"cases": run_cases, "late": run_cases, "crash": crash, "after": come_back}[_contract(run_dir)["act"]](run_dir)
 
 
 def crash(run_dir: Path) -> None:
@@ -108,18 +119,24 @@ def _stored(region: int, version: int) -> tuple[PageRefs, memoryview]:
 
 
 def run_cases(run_dir: Path) -> None:
-    """Run all cases, write what became of them."""
+    """Run all cases of the act, write what became of them."""
     transport = open_transport(run_dir, "dm-handler")
     channel = transport.connect()
     instance = int(channel.control({"op": "hello", "client": "contract", "protocol": 1})["instance"])
-    peer = Peer(transport, channel, instance)
-    slow = () if Registry().transport(_contract(run_dir)["transport"]).embedded else SLOW_CASES
+    peer = Peer(transport, channel, instance, run_dir)
     results = {}
-    for number, case in enumerate((*CASES, *slow, LAST_CASE)):
+    for number, case in enumerate(_cases(_contract(run_dir))):
         peer.region = (instance << 32) + number
         results[case.__name__] = _outcome(case, peer)
         (run_dir / "results.json").write_text(json.dumps(results))
     transport.close()
+
+
+def _cases(contract: dict[str, Any]) -> tuple[Callable[[Peer], None], ...]:
+    embedded = Registry().transport(contract["transport"]).embedded
+    if contract["act"] == "late":
+        return (*BUSY_CASES, *(() if embedded else LATE_CASES))
+    return (*CASES, *(() if embedded else SLOW_CASES), LAST_CASE)
 
 
 def _contract(run_dir: Path) -> dict[str, Any]:
@@ -127,12 +144,13 @@ def _contract(run_dir: Path) -> dict[str, Any]:
 
 
 def _context(run_dir: Path, role: str) -> RunContext:
-    return RunContext(run_dir, run_dir / "store", role, DEADLINE_S)
+    deadline_s = LATE_S if _contract(run_dir)["act"] == "late" else DEADLINE_S
+    return RunContext(run_dir, run_dir / "store", role, deadline_s)
 
 
 def _server(run_dir: Path) -> PageServer:
     """One in a dict for the cases; one that lasts, over the stores of that directory, for a crash and what follows."""
-    if _contract(run_dir)["act"] == "cases":
+    if _contract(run_dir)["act"] in {"cases", "late"}:
         return DictServer()
     return open_server(resolve({"store": "file"}), _context(run_dir, "dms"), Registry())
 

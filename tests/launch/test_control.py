@@ -33,7 +33,7 @@ def say(peer, event):
 
 
 def heard(control):
-    event = control.events.get(timeout=20)
+    event = control.events.get(timeout=60)
     return event.role, event.event
 
 

@@ -35,7 +35,7 @@ def waiting():
     yield start
     for process in processes:
         process.kill()
-        process.wait(10)
+        process.wait(60)
         process.stdout.close()
 
 
@@ -48,7 +48,7 @@ def test_one_that_comes_ends_the_waiting(waiting):
 
 
 def test_without_any_the_time_is_over(waiting):
-    assert waiting(1, 0.05).communicate(timeout=30)[0] == "None\n"
+    assert waiting(1, 0.05).communicate(timeout=60)[0] == "None\n"
 
 
 def test_a_stop_that_outlasts_the_time_is_no_signal(waiting):

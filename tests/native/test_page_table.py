@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -53,20 +54,17 @@ def captured(tmp_path):
     try:
         yield source, program.pid, int(program.stdout.readline()) // 4096 + 16
     finally:
-        program.communicate(timeout=20)
+        program.communicate(timeout=60)
         source.stop()
-        worker.join(20)
+        worker.join(60)
         source.close()
 
 
 def test_touched_page_is_resident_with_the_frame_number_the_kernel_has(captured):
     source, pid, page = captured
-    end = threading.Event()
-    for _ in range(200):  # a page touched before its mapping was seen joins at the next sweep
-        state = source.page_state(pid, page)
-        if state["state"] == lib.EDM_PAGE_RESIDENT:
-            break
-        end.wait(0.01)
+    end = time.monotonic() + 60  # a page touched before its mapping was seen joins at the next sweep
+    while (state := source.page_state(pid, page))["state"] != lib.EDM_PAGE_RESIDENT and time.monotonic() < end:
+        time.sleep(0.01)
     assert state == {"state": lib.EDM_PAGE_RESIDENT, "clean": 0, "version": 0, "pfn": frame_number(pid, page)}
     if os.geteuid() == 0:
         assert state["pfn"] > 0

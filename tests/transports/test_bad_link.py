@@ -67,7 +67,7 @@ class Linked:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
         self.process.stdout.close()
 
 
@@ -102,10 +102,9 @@ def test_a_link_that_drops_packets_gives_the_same_pages(linked, digest_over_a_go
 def test_a_link_that_is_cut_is_waited_for(linked, digest_over_a_good_link, seconds):
     linked.wait_for(lambda: linked.turn() >= 10)
     linked.say("cut")
-    time.sleep(0.3)
     at = linked.turn()
-    time.sleep(seconds - 0.3)
-    assert linked.turn() == at
+    time.sleep(seconds)
+    assert linked.turn() <= at + 1  # the answer may have been over the link
     linked.say("mend")
     assert linked.digest() == digest_over_a_good_link
 

@@ -22,7 +22,7 @@ from edm.testing.transport_cases import wanted
 from edm.types import PAGE_BYTES, RunContext
 
 EDM = (sys.executable, "-m", "edm")
-SOON_S = 20
+SOON_S = 60
 
 
 def wait_for(done, what):
@@ -77,7 +77,7 @@ def dms(tmp_path):
 
 def meet(endpoint, tmp_path, **options):
     transport = open_transport(
-        ZmqOptions(dms=(endpoint,), **options), RunContext(tmp_path, tmp_path, "dm-handler", 5.0)
+        ZmqOptions(dms=(endpoint,), **options), RunContext(tmp_path, tmp_path, "dm-handler", 30.0)
     )
     channel = transport.connect()
     return transport, channel, channel.control({"op": "hello", "client": "test", "protocol": 1})["instance"]

@@ -34,7 +34,7 @@ class Serving:
 
     def stop(self):
         self.stop_event.set()
-        self.thread.join(10)
+        self.thread.join(60)
         assert not self.thread.is_alive()
         self.transport.close()
 
@@ -44,7 +44,7 @@ def meet(tmp_path, free_port):
     """Call it for a server and a client's transport: `meet(server_options, client_options, deadline_s, server)`."""
     opened = []
 
-    def make(options=None, client=None, deadline_s=10.0, server=None):
+    def make(options=None, client=None, deadline_s=60.0, server=None):
         endpoint = f"tcp://127.0.0.1:{free_port()}"
         serving = Serving(ZmqOptions(listen=(endpoint,), **(options or {})), tmp_path, server)
         opened.append(serving.stop)
@@ -89,14 +89,17 @@ def test_a_server_that_is_not_there_is_a_timeout_that_names_it(tmp_path, free_po
 def test_a_slow_server_gets_repeats_and_applies_them_once(meet):
     serving, transport = meet()
     channel, instance = hello(transport)
-    channel.control({"op": "test_delay", "seconds": 0.9, "requests": 1})
-    refs, pages = batch_of(instance << 32, np.arange(3), version=1)
-    assert channel.evict(refs, memoryview(pages)) == ""
-    for index in range(20):
-        asked, into = wanted(instance << 32, [index % 3]), bytearray(PAGE_BYTES)
-        channel.fetch(asked, memoryview(into))
-        assert into == pages[index % 3 * PAGE_BYTES : (index % 3 + 1) * PAGE_BYTES]
-    figures = serving.transport.figures()
+    for version in range(1, 20):  # a client that stood still meanwhile has repeated nothing
+        channel.control({"op": "test_delay", "seconds": 0.9, "requests": 1})
+        refs, pages = batch_of(instance << 32, np.arange(3), version)
+        assert channel.evict(refs, memoryview(pages)) == ""
+        for index in range(20):
+            asked, into = wanted(instance << 32, [index % 3]), bytearray(PAGE_BYTES)
+            channel.fetch(asked, memoryview(into))
+            assert into == pages[index % 3 * PAGE_BYTES : (index % 3 + 1) * PAGE_BYTES]
+        figures = serving.transport.figures()
+        if figures["repeats"] >= 2:
+            break
     assert figures["repeats"] >= 2
     assert figures["evicts"] >= 3
     assert channel.control({"op": "stat"})["pages"] == 3
@@ -127,7 +130,7 @@ def test_a_client_that_says_goodbye_is_no_peer_any_more(meet):
     hello(transport)
     assert serving.transport.peers() == 1
     transport.close()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while serving.transport.peers() and time.monotonic() < end:
         time.sleep(0.01)
     assert serving.transport.peers() == 0
@@ -188,7 +191,7 @@ def test_a_client_not_on_the_list_stays_outside_until_it_is_added(meet, keys, ca
     assert read_public(str(made["mallory"][1])).decode() in caplog.text
     allowed.write_text(allowed.read_text() + made["mallory"][1].read_text())
     serving.transport.reload(serving.options)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while True:
         try:
             hello(transport)

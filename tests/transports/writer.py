@@ -52,7 +52,8 @@ def main(endpoint, pages, out):
         assert (asked["status"] == GetStatus.EXISTING_PAGE).all()
         assert into == latest[back]
         digest.update(into)
-        out.with_suffix(".turn").write_text(str(version))
+        out.with_suffix(".new").write_text(str(version))
+        out.with_suffix(".new").rename(out.with_suffix(".turn"))
     transport.close()
     out.write_text(digest.hexdigest())
 

@@ -1,7 +1,6 @@
 """Real programs in a fraction of their memory: the same output, the budget kept, nothing left behind."""
 
 import json
-import random
 import shutil
 import subprocess
 import time
@@ -24,14 +23,6 @@ def report_of(path):
     return json.loads(path.read_text())
 
 
-@pytest.fixture(scope="module")
-def big_text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "big.txt"
-    numbers = random.Random(1)
-    path.write_text("".join(f"{numbers.getrandbits(96):x} {i}\n" for i in range(150_000)))
-    return path
-
-
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_working_set_over_budget_is_the_same_over_every_transport(edm, working, tmp_path, transport):
     options = ("--transport", transport, "--local-memory", "6M", "--report", tmp_path / "r.json")
@@ -43,42 +34,6 @@ def test_working_set_over_budget_is_the_same_over_every_transport(edm, working, 
     assert counters["fetches"] > 1000
     assert counters["internal_errors"] == counters["lost"] == 0
     assert edm.left_behind() == ({}, [])
-
-
-def test_sort_is_the_same(edm, big_text, tmp_path):
-    command = ("sort", "-S", "200M", big_text)
-    ran = edm.run("--local-memory", "8M", "--report", tmp_path / "r.json", "--", *command)
-    assert (ran.status, ran.err) == (0, "")
-    assert ran.out == plain(*command)
-    assert report_of(tmp_path / "r.json")["counters"]["evictions"] > 1000
-
-
-def test_python_is_the_same(edm, tmp_path):
-    code = """
-import hashlib
-words = {f"{i * 7919 % 100003:x}": [i] * (i % 5) for i in range(60000)}
-for i in range(0, 60000, 3):
-    words[f"{i * 7919 % 100003:x}"].append("x" * (i % 50))
-print(len(words), hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest())
-"""
-    command = (shutil.which("python3"), "-c", code)
-    ran = edm.run("--transport", "inproc", "--local-memory", "14M", "--report", tmp_path / "r.json", "--", *command)
-    assert (ran.status, ran.err) == (0, "")
-    assert ran.out == plain(*command)
-    assert report_of(tmp_path / "r.json")["counters"]["evictions"] > 1000
-
-
-@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="no sqlite3 here")
-def test_sqlite_is_the_same(edm, tmp_path):
-    sql = """create table t(a, b);
-with recursive c(x) as (select 1 union all select x + 1 from c where x < 100000)
-insert into t select x, hex(x * 7919) from c;
-create index i on t(b); select count(*), sum(a), max(b) from t where b like '3%'; select b from t order by b limit 5;"""
-    command = ("sqlite3", ":memory:", sql)
-    ran = edm.run("--local-memory", "4M", "--report", tmp_path / "r.json", "--", *command)
-    assert (ran.status, ran.err) == (0, "")
-    assert ran.out == plain(*command)
-    assert report_of(tmp_path / "r.json")["counters"]["evictions"] > 500
 
 
 def captured_resident_bytes(pid):
@@ -99,8 +54,9 @@ def captured_resident_bytes(pid):
 
 
 @pytest.mark.mpi
-def test_256_megabytes_in_64_keep_the_budget(edm, working, tmp_path):
-    run = working("--local-memory", "64M", "--report", tmp_path / "r.json", megabytes=256)
+@pytest.mark.parametrize("local", [32, pytest.param(64, marks=pytest.mark.soak)])
+def test_four_times_the_budget_keeps_it(edm, working, tmp_path, local):
+    run = working("--local-memory", f"{local}M", "--report", tmp_path / "r.json", megabytes=4 * local)
     pid, peak = wait_for(run.process.pid, "working_set")[0], 0
     while run.process.poll() is None:
         peak = max(peak, captured_resident_bytes(pid))
@@ -110,10 +66,10 @@ def test_256_megabytes_in_64_keep_the_budget(edm, working, tmp_path):
     assert (run.process.returncode, out, err) == (0, run.alone(), b"")
     report = report_of(tmp_path / "r.json")
     counters = report["counters"]
-    assert counters["evictions"] > 100_000
-    assert counters["fetches"] > 100_000
-    assert 32 << 20 < peak <= (64 << 20) + SLACK_BYTES
-    assert counters["peak_resident"] * 4096 <= (64 << 20) + SLACK_BYTES
+    assert counters["evictions"] > 1500 * local
+    assert counters["fetches"] > 1500 * local
+    assert local << 19 < peak <= (local << 20) + SLACK_BYTES
+    assert counters["peak_resident"] * 4096 <= (local << 20) + SLACK_BYTES
     assert edm.left_behind() == ({}, [])
 
 

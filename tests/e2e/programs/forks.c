@@ -1,6 +1,7 @@
 // Forks in the ways of the C library while pages are evicted; parent and child check and write every page of theirs.
 // Usage: forks [MIB [UID]]: with a UID, it becomes that user first.
 #define _GNU_SOURCE
+#include "captured.h"
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -44,7 +45,10 @@ static int child(uint8_t *m, uint32_t pages, uint32_t round, int deeper) {
 int main(int argc, char **argv) {
     uint32_t pages = (uint32_t)(argc > 1 ? atoi(argv[1]) : 16) << 8;
     uint8_t *m = mmap(NULL, (size_t)pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (m == MAP_FAILED || (argc > 2 && (setgid((gid_t)atoi(argv[2])) || setuid((uid_t)atoi(argv[2])))))
+    if (m == MAP_FAILED)
+        return 9;
+    wait_until_captured(m);
+    if (argc > 2 && (setgid((gid_t)atoi(argv[2])) || setuid((uid_t)atoi(argv[2]))))
         return 9;
     for (uint32_t round = 0; round < 4; round++) {
         fill(m, pages, round);

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import attrs
-from watching import anonymous_bytes, wait_for
+from watching import wait_for
 
 WAIT_S = 90.0
 """On a machine that stands still now and then."""
@@ -37,36 +37,18 @@ class Working:
 
     def at_work(self):
         """Wait until it has filled its memory and is working on it; its pid."""
-        return self._progress()[0]
-
-    def evicted(self, passes=2):
-        """Wait until it has had no room for a quarter of its memory at least, and has then worked on; its pid."""
-        pid, _ = self._progress()
-        most = int(self.command[1]) * (3 << 18)
-        wait_for(lambda: anonymous_bytes(pid) < most, WAIT_S)
-        _, done = self._progress()
-        wait_for(lambda: self._progress()[1] >= done + passes, WAIT_S)
-        return pid
-
-    def _progress(self):
-        """Its pid, and how many passes it has done more than it was to."""
 
         def said():
-            words = self.sign.read_text().split() if self.sign.exists() else []
-            assert len(words) == 2 or self.process.poll() is None, self.process.communicate()
-            return words if len(words) == 2 else None
+            words = self.sign.read_text() if self.sign.exists() else ""
+            assert words.endswith("\n") or self.process.poll() is None, self.process.communicate()
+            return words if words.endswith("\n") else ""
 
-        pid, done = map(int, wait_for(said, WAIT_S))
-        return pid, done
-
-    def let_end(self):
-        """Let it come to its end, once it is at work."""
-        self.at_work()
-        self.sign.unlink()
+        return int(wait_for(said, WAIT_S).split()[0])
 
     def finish(self):
-        """Let it come to its end, and wait for that; what `edm run` gave on its standard output and error."""
-        self.let_end()
+        """Let it come to its end, once it is at work; what `edm run` has given on its standard output and error."""
+        self.at_work()
+        self.sign.unlink()
         return self.process.communicate(timeout=WAIT_S)
 
     def alone(self):

@@ -47,6 +47,7 @@ int main(int argc, char **argv) {
     uint8_t *m = mmap(NULL, (size_t)pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (m == MAP_FAILED)
         return 9;
+    fill(m, pages, 0);  // in user mode only what is there is captured
     wait_until_captured(m);
     if (argc > 2 && (setgid((gid_t)atoi(argv[2])) || setuid((uid_t)atoi(argv[2]))))
         return 9;

@@ -91,9 +91,12 @@ void ahead_fill(struct edm_engine *g, struct fault f) {
     n = n < room ? n : room;
     if (!n)
         return;
+    n = guards_until(s, st->stride > 0 ? f.page + 1 : f.page - n, n, st->stride < 0);
+    if (!n)
+        return;
     uint64_t from = st->stride > 0 ? f.page + 1 : f.page - n;
-    int done =
-        f.flags & UFFD_PAGEFAULT_FLAG_WRITE ? s->ops->copy(s, from, n, g->zeros, false) : s->ops->zero(s, from, n);
+    bool write = f.flags & UFFD_PAGEFAULT_FLAG_WRITE && !guards_hidden();
+    int done = write ? s->ops->copy(s, from, n, g->zeros, false) : s->ops->zero(s, from, n);
     if (done < 0)
         return;  // something is there already, or an event is on its way: each will fault for itself
     for (uint32_t i = 0; i < (uint32_t)done; i++) {

@@ -103,6 +103,8 @@ int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid) {
         s->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     s->pagemap_fd = open_proc(pid, "pagemap");
     s->statm_fd = open_proc(pid, "statm");
+    s->ksm_fd = open_proc(pid, "ksm_stat");  // not there without KSM
+    s->mem_fd = open_proc(pid, "mem");
     if (s->pidfd < 0 || s->pagemap_fd < 0 || s->statm_fd < 0)
         return errno ? -errno : -ESRCH;
     return uffd_register(s, c->staging >> PAGE_SHIFT, (c->staging >> PAGE_SHIFT) + EDM_STAGING_PAGES);
@@ -151,6 +153,10 @@ static struct space *admit_forked(struct edm_engine *g, int pid, struct edm_ctl 
         close(s->ctl_fd);
         close(s->pagemap_fd);
         close(s->statm_fd);
+        int more[] = {s->ksm_fd, s->mem_fd};
+        for (int i = 0; i < 2; i++)
+            if (more[i] >= 0)
+                close(more[i]);
     }
     *error = space_attach(s, c, ctl_fd, pid);
     if (!*error)
@@ -190,6 +196,14 @@ static bool may_come(const struct edm_engine *g, const struct ucred *peer) {
     return pid > 1;
 }
 
+static bool send_room(int sock) {
+    int fd = memfd_create("edm-ctl", MFD_CLOEXEC);
+    bool sent = fd >= 0 && !ftruncate(fd, EDM_CTL_BYTES) && send_reply(sock, 0, fd);
+    if (fd >= 0)
+        close(fd);
+    return sent;
+}
+
 static int32_t greeting(const struct edm_engine *g) {
     return (g->cfg.user_mode ? EDM_GREET_USER_MODE : 0) | (g->no_forks ? EDM_GREET_NO_FORKS : 0);
 }
@@ -203,6 +217,8 @@ static void hand_over(struct edm_engine *g, int sock) {
     int fds[2] = {-1, -1}, none[2], error = 0;
     if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &length) || !may_come(g, &cred) ||
         !send_reply(sock, greeting(g), g->dev_fd) || !receive_hello(sock, &hello, fds))
+        goto out;
+    if (hello.kind == EDM_HELLO_ROOM && (!send_room(sock) || !receive_hello(sock, &hello, fds)))
         goto out;
     if (hello.kind == EDM_HELLO_ASK) {
         if (!cred.uid || cred.uid == geteuid())
@@ -303,6 +319,28 @@ static void accept_one(struct edm_engine *g) {
     pthread_detach(t);
 }
 
+// Whether anybody may still touch the space's memory. The process that came with it may have ended, and one that shares
+// the memory goes on: made by clone(2) with CLONE_VM, or by vfork(2) until it has called exec. It is served as one that
+// never came: nothing of it is evicted. Our own sidecar is such a process too, and goes first.
+static bool used_on(struct space *s) {
+    if (!pidfd_dead(s->pidfd))
+        return s->ready || !s->ops->gone(s);
+    s->ready = false;
+    if (s->batch_busy || s->draining || s->applying)
+        return true;
+    if (s->sidecar_fd >= 0 && !pidfd_dead(s->sidecar_fd)) {
+        sidecar_kill(s);
+        return true;
+    }
+    if (s->ops->gone(s))
+        return false;
+    space_detach(s);
+    s->state->forked = 0;
+    s->forked = false;           // not any more one that may come
+    s->pid = s->state->pid = 0;  // of whoever faults next
+    return true;
+}
+
 // Sweep every space that is due; retire those whose process has gone. Returns whether any mapping is new.
 static bool look_at_spaces(struct edm_engine *g) {
     bool changed = false;
@@ -313,15 +351,16 @@ static bool look_at_spaces(struct edm_engine *g) {
             continue;
         if (s->pidfd < 0 && s->pid > 0)
             s->pidfd = (int)syscall(SYS_pidfd_open, s->pid, 0);
-        if (pidfd_dead(s->pidfd) || (!s->ready && s->ops->gone(s))) {
+        if (!used_on(s)) {
             space_retire(s);
             i = (uint32_t)-1;  // the table has changed
             continue;
         }
-        if (!s->ready && s->sidecar_fd >= 0 && !s->bare_ns) {
+        if (!s->ready && s->sidecar_fd >= 0 && !s->bare_ns && !pidfd_dead(s->pidfd)) {
             s->bare_ns = now_ns();
             g->count.sidecars_lost++;
         }
+        whole_look(g, s);
         s->unwatched = s->unwatched && uffd_watch(s);
         order_settle(g, s);
         uint32_t given = hints_given(s);

@@ -203,6 +203,10 @@ struct space {
     uint32_t nsuspects;
     bool suspects_taken;
     struct ranges stack_tops;  // of thread stacks: never evicted, see sweep.c
+    struct ranges exits;       // nor these, see exits.c
+    uint32_t stacks_seen, stacks_told;
+    bool making_whole;  // for a fork, see whole.c; asked for so often by then
+    uint32_t whole_asked;
     uint64_t resident;
     uint64_t barrier;  // outbox sequence that must be done before a page of this space is fetched
     uint32_t refs;     // outbox items, fetch slots and waiting faults that point here
@@ -216,7 +220,7 @@ struct space {
     // uffd
     int sidecar_cpu;         // where it was put; -1: nowhere in particular
     cpu_set_t sidecar_cpus;  // where it may run, before it was
-    int uffd, ctl_fd, pid, pidfd, sidecar_pid, sidecar_fd, pagemap_fd, statm_fd;
+    int uffd, ctl_fd, pid, pidfd, sidecar_pid, sidecar_fd, pagemap_fd, statm_fd, ksm_fd, mem_fd;
     uint32_t generation;  // address-space events read so far
     uint32_t request;     // sidecar requests so far
     struct edm_ctl *ctl;
@@ -234,6 +238,7 @@ struct space {
     struct range needed;   // what of WILLNEED has not been brought yet
     uint64_t needed_most;  // pages of it, at most
     uint32_t hints_seen;
+    bool merges;  // KSM was seen to look at its pages, see merging.c
     // Of pages installed write-protected, how many were then written to: where most are, protecting them only costs.
     uint32_t protects, protects_in_vain, unprotected;
     bool writes_follow;
@@ -485,6 +490,7 @@ void idle_rest(struct edm_engine *g);
 
 // ---- whole.c: before a fork of which no event will tell
 int space_make_whole(struct edm_engine *g, int pid);
+void whole_look(struct edm_engine *g, struct space *s);
 // The program is about to fork so: nothing may leave, whatever the budget. In the control page, for a DM-Handler that
 // takes over must know as well.
 static inline bool space_whole(const struct space *s);
@@ -527,7 +533,10 @@ void batch_free(struct move_batch *b);
 // ---- reclaim.c (LPET)
 void *lpet_thread(void *engine);
 void budget_set(struct edm_engine *g);
-void pages_excluded(int pid, struct ranges *out);
+
+// ---- exits.c: what the kernel writes to when threads exit
+void exits_look(struct space *s, struct ranges *out);
+void exits_forget(struct space *s, uint64_t a, uint64_t b);
 
 // ---- hints.c: madvise(2) of the programs
 uint32_t hints_given(const struct space *s);
@@ -535,6 +544,12 @@ uint32_t hints_given(const struct space *s);
 void hints_look(struct edm_engine *g, struct space *s, uint32_t given, bool swept);
 void hints_forget(struct space *s, uint64_t a, uint64_t b);
 void hints_fork(const struct space *parent, struct space *child);
+
+// ---- merging.c: KSM; guards.c: guard pages of madvise(2)
+void merging_look(struct space *s);
+uint64_t merging_unprotect(struct leaf *l, uint64_t mask);
+bool guards_hidden(void);
+uint32_t guards_until(const struct space *s, uint64_t from, uint32_t n, bool backwards);
 
 // ---- policy.c
 // A page came into the leaf; `back`: it had been evicted.
@@ -559,6 +574,7 @@ void sidecar_read_out(struct space *s, struct move_batch *b);
 void sidecar_drop_out(struct space *s, uint32_t windows);
 void sidecar_settle(struct space *s);
 void sidecar_end(struct space *s);
+void sidecar_kill(struct space *s);  // which is seen in its pidfd, later
 bool pidfd_dead(int pidfd);
 
 // ---- removed.c: a REMOVE event has been read; and whether what it told of has happened
@@ -574,6 +590,7 @@ int state_take_over(struct edm_engine *g, int fd);
 // ---- capture.c: new programs; sweep.c: their mappings
 void *capture_thread(void *engine);
 int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid);
+void space_detach(struct space *s);
 struct edm_ctl *ctl_map(int fd);
 bool space_sweep(struct space *s);
 
@@ -594,6 +611,10 @@ void asking_serve(struct edm_engine *g, int sock);
 
 static inline bool space_whole(const struct space *s) {
     return s->ctl && __atomic_load_n(&s->ctl->forking, __ATOMIC_ACQUIRE);
+}
+
+static inline bool space_merges(const struct space *s) {
+    return s->merges || (s->ctl && __atomic_load_n(&s->ctl->merges, __ATOMIC_ACQUIRE));
 }
 
 // What counts against the budget.

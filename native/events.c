@@ -49,6 +49,8 @@ void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m
     ranges_del(&s->doubtful, to, to + n);
     hints_forget(s, from, from + n);
     hints_forget(s, to, to + n);
+    exits_forget(s, from, from + n);
+    exits_forget(s, to, to + n);
     at_fork_not(s, from, n);
     at_fork_not(s, to, n);
     if (!s->adopting)
@@ -71,6 +73,7 @@ void event_unmap(struct space *s, uint64_t a, uint64_t b) {
     ranges_del(&s->removed, a, b);
     at_fork_not(s, a, b - a);
     hints_forget(s, a, b);
+    exits_forget(s, a, b);
     space_forget(s, a, b);
 }
 
@@ -160,6 +163,14 @@ static void events_clear(struct space *s, uint32_t n) {
     event_mark(s, NOT_YET, 0);
 }
 
+// Now it is known whose uffd this is. One that does not begin with the anchor may be a child that the C library knows
+// nothing of, and never come: what was not copied for it is found out now.
+static void first_fault(struct space *s, const struct uffd_msg *m) {
+    s->pid = s->state->pid = (int)m->arg.pagefault.feat.ptid;
+    if (s->forked && page_of(m->arg.pagefault.address) != page_of(s->anchor))
+        space_prune_unmapped(s);
+}
+
 // Called with the lock held; may let it go while a batch that is moving out comes to its end.
 int space_read(struct edm_engine *g, struct space *s, int worker) {
     struct uffd_msg m[READ_MESSAGES];
@@ -195,7 +206,7 @@ int space_read(struct edm_engine *g, struct space *s, int worker) {
             continue;
         g->count.faults++;
         if (s->pid <= 0 && s->ops == &uffd_ops)
-            s->pid = s->state->pid = (int)m[i].arg.pagefault.feat.ptid;
+            first_fault(s, &m[i]);
         worker_follow(g, worker, (int)m[i].arg.pagefault.feat.ptid);
         idle_fault(g, m[i].arg.pagefault.feat.ptid);
         struct fault f = {s, page_of(m[i].arg.pagefault.address), (uint32_t)m[i].arg.pagefault.flags,

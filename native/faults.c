@@ -176,7 +176,7 @@ void fetch_cancel(struct edm_engine *g, uint32_t slot) { g->fetch[slot].cancelle
 
 // Whether what a fault brings is to be installed write-protected, so that it can be dropped while it stays clean.
 static bool protect_wanted(struct edm_engine *g, struct space *s, uint32_t flags) {
-    if (!g->cfg.track_writes || flags & UFFD_PAGEFAULT_FLAG_WRITE)
+    if (!g->cfg.track_writes || flags & UFFD_PAGEFAULT_FLAG_WRITE || space_merges(s))
         return false;
     if (s->writes_follow && ++s->unprotected % UNPROTECTED_SAMPLE)
         return false;

@@ -3,9 +3,7 @@
 // a busy program costs an order of magnitude more than one in a run.
 #include "engine.h"
 
-#include <dirent.h>
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -32,26 +30,6 @@ void budget_set(struct edm_engine *g) {
     g->high = c->high_pages ? at_most(c->high_pages, g->limit) : at_least(g->limit - below, 1);
     uint64_t step = at_most(at_least(g->high / 16, 1), 1024);
     g->low = c->low_pages ? at_most(c->low_pages, g->high) : g->high - at_most(step, g->high);
-}
-
-// The pages around each thread's robust list head: struct pthread, where the kernel clears the thread's id when it
-// exits, at a time when it can no longer wait for a fault (pthread_join would hang).
-void pages_excluded(int pid, struct ranges *out) {
-    char path[32];
-    snprintf(path, sizeof path, "/proc/%d/task", pid);
-    DIR *d = opendir(path);
-    if (!d)
-        return;
-    for (struct dirent *e; (e = readdir(d));) {
-        int tid = atoi(e->d_name);
-        void *head = NULL;
-        size_t length;
-        if (tid > 0 && syscall(SYS_get_robust_list, tid, &head, &length) == 0 && head) {
-            uint64_t page = (uint64_t)head >> PAGE_SHIFT;
-            ranges_add(out, page ? page - 1 : 0, page + 2);
-        }
-    }
-    closedir(d);
 }
 
 // Bits of the leaf's pages that lie in r.
@@ -90,6 +68,8 @@ static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ran
         inside &= ~ranges_mask(excluded, l->base);
     if (inside && l->space->stack_tops.n)
         inside &= ~ranges_mask(&l->space->stack_tops, l->base);
+    if (inside && l->space->exits.n)
+        inside &= ~ranges_mask(&l->space->exits, l->base);
     *pass = inside & ~l->resident;
     if (*pass && l->space->removed.n)
         *pass &= ~ranges_mask(&l->space->removed, l->base);
@@ -138,9 +118,11 @@ static bool select_leaf(struct edm_engine *g, struct selection *c, struct leaf *
         return false;
     if (!c->space && l->space->pid > 0) {
         ranges_free(&c->excluded);
-        pages_excluded(l->space->pid, &c->excluded);
+        exits_look(l->space, &c->excluded);
     }
     uint64_t pass, mask = first_bits(evictable(g, l, &c->excluded, &pass), c->most);
+    if (space_merges(l->space))
+        mask = merging_unprotect(l, mask);
     if (!mask)
         return false;
     if (!leaf_may_leave(g, l))

@@ -31,7 +31,7 @@ static uint64_t awake_ns(uint64_t *start, uint64_t *last) {
     return now - *start;
 }
 
-static void sidecar_kill(struct space *s) {
+void sidecar_kill(struct space *s) {
     if (s->sidecar_fd >= 0)
         syscall(SYS_pidfd_send_signal, s->sidecar_fd, SIGKILL, NULL, 0);
 }
@@ -138,6 +138,7 @@ int sidecar_move_out(struct space *s, struct move_batch *b) {
     c->n = b->n;
     c->drop = 0;
     c->batch_generation = b->generation;
+    c->batch_stacks_told = s->stacks_told;
     post(s, EDM_OP_MOVE);
     bool alive = answered(s, true);
     if (!alive)
@@ -174,11 +175,23 @@ static unsigned long staging_runs(const struct space *s, const struct move_batch
     return n;
 }
 
+// A program that has forbidden it since (PR_SET_DUMPABLE) may still be read by what was opened before.
+static bool read_as_file(struct space *s, struct iovec *to, struct iovec *from, unsigned long m) {
+    for (unsigned long i = 0; i < m; i++) {
+        int pages = (int)(from[i].iov_len / PAGE_SIZE_);
+        if (s->mem_fd < 0 ||
+            preadv(s->mem_fd, to, pages, (off_t)(uintptr_t)from[i].iov_base) != (ssize_t)from[i].iov_len)
+            return false;
+        to += pages;
+    }
+    return true;
+}
+
 // The sidecar has the same memory as the program and outlives its threads; either will do.
 static bool read_from_either(struct space *s, struct iovec *to, unsigned long n, struct iovec *from, unsigned long m) {
     ssize_t bytes = (ssize_t)n * (ssize_t)PAGE_SIZE_;
     return process_vm_readv(s->sidecar_pid, to, n, from, m, 0) == bytes ||
-           process_vm_readv(s->pid, to, n, from, m, 0) == bytes;
+           process_vm_readv(s->pid, to, n, from, m, 0) == bytes || read_as_file(s, to, from, m);
 }
 
 #define READ_PAGES 512  // in one call; the kernel takes 1024 pieces

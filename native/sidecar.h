@@ -14,6 +14,7 @@
 #define EDM_SOCK_ENV "EDM_INTERNAL_SOCK"
 #define EDM_SOCK_BYTES 108
 #define EDM_KEEP 32
+#define EDM_STACKS 256 /* of threads made lately */
 
 enum edm_op { EDM_OP_NONE = 0, EDM_OP_MOVE = 1, EDM_OP_EXIT = 2 };
 enum edm_lock { EDM_UNLOCKED = 0, EDM_LOCK_SIDECAR = 1, EDM_LOCK_ENGINE = 2 };
@@ -35,7 +36,8 @@ struct edm_ctl {
     int32_t seen_handler, seen_holder;  // … if the sidecar has seen them alive: it is the only one to write these
     uint32_t forking;                   // the program's threads that need all its pages here: nothing moves meanwhile
     uint32_t hint_next;                 // notes of the program so far; the next goes to hint[hint_next % EDM_HINTS]
-    uint32_t unused;
+    uint32_t merges;                    // KSM may merge pages of the program: see space_merges
+    uint32_t whole_asked, whole_done;   // by a program that may not come and ask: see whole.c
     uint64_t staging, anchor, self;
     uint64_t tie;  // where the uffd's tie to the address space is mapped; 0: none, or not yet
     struct {
@@ -54,11 +56,23 @@ struct edm_ctl {
     char sock[EDM_SOCK_BYTES];  // where its DM-Handler listens
     // Addresses in pages that stay: where debuggers look first, who cannot wait for a page. 0: none.
     uint64_t keep[EDM_KEEP];
+    // Pages at the top of stacks, told by the program; the next goes to stack[stack_next % EDM_STACKS].
+    uint32_t stack_next;
+    uint32_t stacks_told;        // counts those that had to be told before their thread was made
+    uint32_t batch_stacks_told;  // … before the batch was chosen
+    uint64_t stack[EDM_STACKS];
 };
 
-enum edm_hello_kind { EDM_HELLO_NEW = 1, EDM_HELLO_FORK = 2, EDM_HELLO_ASK = 3, EDM_HELLO_BEFORE_FORK = 4 };
+enum edm_hello_kind {
+    EDM_HELLO_NEW = 1,
+    EDM_HELLO_FORK = 2,
+    EDM_HELLO_ASK = 3,
+    EDM_HELLO_BEFORE_FORK = 4,
+    EDM_HELLO_ROOM = 5
+};
 
-// App → DM-Handler, with the control memfd (and, if NEW, the uffd) attached.
+// App → DM-Handler, with the control memfd (and, if NEW, the uffd) attached. Before that, a program that may not make
+// files so large (RLIMIT_FSIZE) asks for the memfd: ROOM, answered with it.
 struct edm_hello {
     uint32_t magic, kind;
 };

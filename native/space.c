@@ -12,7 +12,7 @@ static struct space *space_alloc(struct edm_engine *g, const struct source_ops *
     s->ops = ops;
     s->refs = 1;
     s->sidecar_cpu = -1;
-    s->uffd = s->ctl_fd = s->pidfd = s->sidecar_fd = s->pagemap_fd = s->statm_fd = -1;
+    s->uffd = s->ctl_fd = s->pidfd = s->sidecar_fd = s->pagemap_fd = s->statm_fd = s->ksm_fd = s->mem_fd = -1;
     pthread_condattr_t mono;
     pthread_condattr_init(&mono);
     pthread_condattr_setclock(&mono, CLOCK_MONOTONIC);
@@ -72,6 +72,7 @@ void space_unref(struct space *s) {
     ranges_free(&s->removed);
     ranges_free(&s->waiting);
     ranges_free(&s->stack_tops);
+    ranges_free(&s->exits);
     ranges_free(&s->random);
     ranges_free(&s->sequential);
     free(s->suspect);
@@ -327,6 +328,7 @@ struct space *space_fork(struct space *parent) {
     child->forked = true;
     child->state->forked = 1;
     child->asks = parent->asks;
+    child->merges = space_merges(parent);
     child->young = parent->unquiet = true;
     if (parent->adopting)  // not known yet
         ranges_add(&child->at_fork, 0, LSPT_MAX_PAGE);

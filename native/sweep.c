@@ -227,7 +227,7 @@ static void accept_registered(struct space *s, const struct ranges *fresh) {
 }
 
 // The top of each mapping that stands on a guard: where a C library keeps what the kernel writes to when the thread of
-// that stack exits, also while the stack waits for its next thread. pages_excluded knows the threads that are there.
+// that stack exits, also while the stack waits for its next thread. exits_look finds the threads that are there.
 static void note_stacks(struct space *s, const struct mappings *now) {
     s->stack_tops.n = 0;
     for (uint32_t i = 0; i < EDM_KEEP && s->ctl && s->ctl->keep[i]; i++)
@@ -317,6 +317,7 @@ bool space_sweep(struct space *s) {
     s->sweep_soon = false;
     s->swept_ns = now_ns();
     s->engine->count.sweeps++;
+    merging_look(s);
     struct mappings now;
     if (!mappings_read(s, &now))
         return false;

@@ -186,21 +186,30 @@ static bool registered(struct space *s, uint64_t a, uint64_t b, struct ranges *o
     return s->pid > 0 && mappings_flagged(s->pid, "um", a, b, out);
 }
 
-static void retire(struct space *s) {
+// Undoes space_attach.
+void space_detach(struct space *s) {
     sidecar_end(s);
-    int fds[] = {s->uffd, s->ctl_fd, s->pidfd, s->pagemap_fd, s->statm_fd};
+    int fds[] = {s->ctl_fd, s->pidfd, s->pagemap_fd, s->statm_fd, s->ksm_fd, s->mem_fd};
     // The numbers may be others' in a moment.
-    s->state->uffd[s->engine->turn] = s->state->ctl[s->engine->turn] = -1;
+    s->state->ctl[s->engine->turn] = -1;
     STATE_BARRIER();
-    if (s->uffd >= 0)
-        epoll_ctl(s->engine->epoll, EPOLL_CTL_DEL, s->uffd, NULL);
-    for (int i = 0; i < 5; i++)
+    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
         if (fds[i] >= 0)
             close(fds[i]);
-    s->uffd = s->ctl_fd = s->pidfd = s->pagemap_fd = s->statm_fd = -1;
+    s->ctl_fd = s->pidfd = s->pagemap_fd = s->statm_fd = s->ksm_fd = s->mem_fd = -1;
     if (s->ctl)
         munmap(s->ctl, EDM_CTL_BYTES);
     s->ctl = NULL;
+}
+
+static void retire(struct space *s) {
+    int uffd = s->uffd;
+    s->uffd = s->state->uffd[s->engine->turn] = -1;
+    space_detach(s);
+    if (uffd >= 0) {
+        epoll_ctl(s->engine->epoll, EPOLL_CTL_DEL, uffd, NULL);
+        close(uffd);
+    }
     holder_note(s->engine);
 }
 

@@ -1,6 +1,7 @@
 // A program's pages all brought back: before a fork that the kernel will not tell us of (no CAP_SYS_PTRACE), since what
 // is absent then would be zeros in the child. Nothing leaves until the fork is over: see space_whole.
 #include <errno.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include "engine.h"
@@ -90,4 +91,38 @@ int space_make_whole(struct edm_engine *g, int pid) {
         space_unref(s);
     pthread_mutex_unlock(&g->mu);
     return result;
+}
+
+static void *making_thread(void *space) {
+    struct space *s = space;
+    struct edm_engine *g = s->engine;
+    pthread_mutex_lock(&g->mu);
+    uint32_t asked = s->whole_asked;
+    int pid = s->pid;
+    pthread_mutex_unlock(&g->mu);
+    int r = space_make_whole(g, pid);
+    pthread_mutex_lock(&g->mu);
+    if (!r && s->ctl)
+        __atomic_store_n(&s->ctl->whole_done, asked, __ATOMIC_RELEASE);
+    s->making_whole = false;
+    space_unref(s);
+    g->handshakes--;
+    pthread_cond_signal(&g->handshake_done);
+    pthread_mutex_unlock(&g->mu);
+    return NULL;
+}
+
+// A program that may not make the system calls of asking has left word in its control page. With the lock held.
+void whole_look(struct edm_engine *g, struct space *s) {
+    uint32_t asked = s->ctl ? __atomic_load_n(&s->ctl->whole_asked, __ATOMIC_ACQUIRE) : 0;
+    pthread_t t;
+    if (s->making_whole || !s->ctl || asked == __atomic_load_n(&s->ctl->whole_done, __ATOMIC_ACQUIRE))
+        return;
+    s->whole_asked = asked;
+    if (pthread_create(&t, NULL, making_thread, s))
+        return;  // with the next look
+    pthread_detach(t);
+    s->making_whole = true;
+    s->refs++;
+    g->handshakes++;
 }

@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
@@ -30,6 +31,8 @@
 #include "../uffd_abi.h"
 #include "calls.h"
 #include "hints.h"
+#include "own.h"
+#include "stacks.h"
 #include "tie.h"
 
 #define PAGE 4096ul
@@ -45,7 +48,6 @@
 static bool captured, no_forks, free_to_call;
 static struct edm_ctl *control;  // while captured
 static pid_t (*real_fork)(void);
-static long captured_pid;     // a child of a raw clone(2) has neither the control page nor anybody who knows of it
 static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
 static char sock_path[sizeof(((struct sockaddr_un *)0)->sun_path)];
 
@@ -58,7 +60,7 @@ static void side_look(struct edm_ctl *c);
 static void side_lock(struct edm_ctl *c) {
     for (uint32_t tries = 1;; tries++) {
         uint32_t none = EDM_UNLOCKED;
-        if (__atomic_compare_exchange_n(&c->lock, &none, EDM_LOCK_SIDECAR, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+        if (__atomic_compare_exchange_n(&c->lock, &none, EDM_LOCK_SIDECAR, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
             return;
         CALL(SYS_sched_yield, 0, 0, 0);
         if (tries % LOOK_TRIES == 0)  // its holder may have been killed, and all who could start another
@@ -76,6 +78,7 @@ static long side_move_run(struct edm_ctl *c, uint64_t dst, uint64_t src, long pa
                             .mode = UFFDIO_MOVE_MODE_DONTWAKE | UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES};
     side_lock(c);
     if (__atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) != c->batch_generation ||
+        __atomic_load_n(&c->stacks_told, __ATOMIC_SEQ_CST) != c->batch_stacks_told ||
         __atomic_load_n(&c->forking, __ATOMIC_ACQUIRE)) {
         side_unlock(c);
         *error = ESTALE;
@@ -282,6 +285,9 @@ static bool sidecar_start(struct edm_ctl *c) {
     return pid > 0 && __atomic_load_n(&c->sidecar_pid, __ATOMIC_ACQUIRE) > 0;
 }
 
+// A child finds zeros in the anchor (MADV_WIPEONFORK), whoever made it.
+bool own_process(void) { return anchor_page && *(volatile char *)anchor_page; }
+
 // ---- the hand-over --------------------------------------------------------------------------------------------
 
 static long send_message(int s, const void *data, size_t n, const int *fds, int nfds) {
@@ -375,13 +381,31 @@ static void keep_library_list(struct edm_ctl *c) {
     }
 }
 
+// A memfd of the control page's size. Where the program may not make files so large, as little as trying would end it.
+static int ctl_room(int s) {
+    struct rlimit limit = {0, 0};
+    if (!CALL6(SYS_prlimit64, 0, RLIMIT_FSIZE, 0, &limit, 0, 0) && limit.rlim_cur < EDM_CTL_BYTES) {
+        struct edm_hello hello = {.magic = EDM_CTL_MAGIC, .kind = EDM_HELLO_ROOM};
+        struct edm_reply r;
+        int fd = -1;
+        if (send_message(s, &hello, sizeof hello, NULL, 0) > 0)
+            receive_reply(s, &r, &fd);
+        return high_fd(fd);
+    }
+    int fd = high_fd((int)CALL(SYS_memfd_create, "edm-ctl", MFD_CLOEXEC, 0));
+    if (fd >= 0 && CALL(SYS_ftruncate, fd, EDM_CTL_BYTES, 0) < 0) {
+        close_fd(fd);
+        return -1;
+    }
+    return fd;
+}
+
 // The control page, the staging area and the anchor: a page whose first touch in a forked child tells the DM-Handler
 // which process the child's uffd belongs to.
-static struct edm_ctl *make_ctl(int *memfd, uint64_t anchor) {
-    *memfd = high_fd((int)CALL(SYS_memfd_create, "edm-ctl", MFD_CLOEXEC, 0));
-    if (*memfd < 0 || CALL(SYS_ftruncate, *memfd, EDM_CTL_BYTES, 0) < 0)
+static struct edm_ctl *make_ctl(int memfd, uint64_t anchor) {
+    if (memfd < 0)
         return NULL;
-    struct edm_ctl *c = map(EDM_CTL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, *memfd);
+    struct edm_ctl *c = map(EDM_CTL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, memfd);
     char *staging =
         map(EDM_STAGING_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
     if (!anchor)
@@ -399,6 +423,7 @@ static struct edm_ctl *make_ctl(int *memfd, uint64_t anchor) {
     c->anchor = anchor;
     c->self = (uint64_t)c;
     keep_library_list(c);
+    hints_begin(c);
     return c;
 }
 
@@ -435,7 +460,8 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
         goto out;
     result = -1;
     no_forks = r.status & EDM_GREET_NO_FORKS;
-    c = make_ctl(&memfd, anchor);
+    memfd = ctl_room(s);
+    c = make_ctl(memfd, anchor);
     if (kind == EDM_HELLO_NEW)
         uffd = open_uffd(dev, r.status & EDM_GREET_USER_MODE);
     if (!c || (kind == EDM_HELLO_NEW && uffd < 0))
@@ -465,8 +491,9 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     anchor_page = c->anchor;
     control = c;
     captured = true;
-    captured_pid = CALL(SYS_getpid, 0, 0, 0);
     hints_to(c);
+    stacks_to(c);
+    *(volatile char *)c->anchor = 1;
     c = NULL;  // it stays, for the sidecar
     result = 0;
 out:
@@ -498,7 +525,17 @@ static bool ask_whole(void) {
     return done;
 }
 
-static bool forks_untold(void) { return captured && no_forks && CALL(SYS_getpid, 0, 0, 0) == captured_pid; }
+static bool forks_untold(void) { return captured && no_forks && own_process(); }
+
+static bool filtered(void) { return CALL6(SYS_prctl, PR_GET_SECCOMP, 0, 0, 0, 0, 0) != 0; }
+
+// The same of one that has forbidden itself system calls since it was captured, which ends it for those of asking: a
+// word in the control page, which the DM-Handler comes by with its next sweep.
+static void ask_whole_silently(void) {
+    uint32_t mine = __atomic_add_fetch(&control->whole_asked, 1, __ATOMIC_SEQ_CST);
+    while ((int32_t)(__atomic_load_n(&control->whole_done, __ATOMIC_ACQUIRE) - mine) < 0)
+        continue;
+}
 
 // Where no event tells the DM-Handler of a fork, what is absent would be zeros in the child: all of it comes back
 // first, and stays until the fork is over. As with a fault, the program waits if the DM-Handler has just died.
@@ -506,6 +543,10 @@ static void before_fork(void) {
     if (!forks_untold())
         return;
     __atomic_fetch_add(&control->forking, 1, __ATOMIC_SEQ_CST);
+    if (free_to_call && filtered()) {
+        ask_whole_silently();
+        return;
+    }
     while (!ask_whole()) {
         struct timespec t = {0, 10000000};
         CALL(SYS_nanosleep, &t, 0, 0);
@@ -516,8 +557,6 @@ static void after_fork_in_parent(void) {
     if (forks_untold())
         __atomic_fetch_sub(&control->forking, 1, __ATOMIC_SEQ_CST);
 }
-
-static bool filtered(void) { return CALL6(SYS_prctl, PR_GET_SECCOMP, 0, 0, 0, 0, 0) != 0; }
 
 // A program that has forbidden itself system calls since it was captured would be killed for those of the hand-over:
 // its children are served, as those of a raw clone(2) are, and nothing of theirs is evicted.

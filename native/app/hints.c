@@ -7,26 +7,46 @@
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 
 #include "calls.h"
+#include "own.h"
 
 #ifndef MADV_COLD
 #define MADV_COLD 20
 #define MADV_PAGEOUT 21
 #endif
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#endif
+#ifndef PR_SET_MEMORY_MERGE
+#define PR_SET_MEMORY_MERGE 67
+#define PR_GET_MEMORY_MERGE 68
+#endif
 #define EXPORTED __attribute__((visibility("default")))
 
 static struct edm_ctl *control;
-static long control_pid;  // a forked child has no control page until it comes to have its own
+static bool merges;  // KSM has been let at memory of this program, or of one that it was forked from
 
-void hints_to(struct edm_ctl *c) {
-    control_pid = CALL(SYS_getpid, 0, 0, 0);
-    __atomic_store_n(&control, c, __ATOMIC_RELEASE);
+void hints_begin(struct edm_ctl *c) {
+    merges = merges || CALL6(SYS_prctl, PR_GET_MEMORY_MERGE, 0, 0, 0, 0, 0) > 0;
+    c->merges = merges;
 }
+
+// Before the kernel hears of it: from then on a page may lose its write protection without a word.
+static void merging(void) {
+    struct edm_ctl *c = __atomic_load_n(&control, __ATOMIC_ACQUIRE);
+    merges = true;
+    if (c && own_process())
+        __atomic_store_n(&c->merges, 1, __ATOMIC_SEQ_CST);
+}
+
+void hints_to(struct edm_ctl *c) { __atomic_store_n(&control, c, __ATOMIC_RELEASE); }
 
 static bool of_use(int advice) {
     switch (advice) {
@@ -44,7 +64,7 @@ static bool of_use(int advice) {
 
 static void note(uint64_t address, size_t bytes, int advice) {
     struct edm_ctl *c = __atomic_load_n(&control, __ATOMIC_ACQUIRE);
-    if (!c || !bytes || CALL(SYS_getpid, 0, 0, 0) != control_pid)
+    if (!c || !bytes || !own_process())
         return;
     uint32_t at = __atomic_fetch_add(&c->hint_next, 1, __ATOMIC_ACQ_REL);
     struct edm_hint *h = &c->hint[at % EDM_HINTS];
@@ -55,7 +75,18 @@ static void note(uint64_t address, size_t bytes, int advice) {
     __atomic_store_n(&h->number, at + 1, __ATOMIC_RELEASE);
 }
 
+// What a guard page had is given up with it, but the kernel tells nobody of that: it is dropped before, so that what
+// has left is known to be gone. Refused advice must change nothing, hence the empty range.
+static void drop_guarded(void *address, size_t bytes) {
+    if (!CALL(SYS_madvise, address, 0, MADV_GUARD_INSTALL))
+        CALL(SYS_madvise, address, bytes, MADV_DONTNEED);
+}
+
 static int advise(void *address, size_t bytes, int advice) {
+    if (advice == MADV_GUARD_INSTALL)
+        drop_guarded(address, bytes);
+    if (advice == MADV_MERGEABLE)
+        merging();
     long r = CALL(SYS_madvise, address, bytes, advice);
     if (!r && of_use(advice))
         note((uint64_t)address, bytes, advice);
@@ -72,4 +103,19 @@ EXPORTED int madvise(void *address, size_t bytes, int advice) {
 // Source: posix_madvise(3): the C library does nothing for POSIX_MADV_DONTNEED, which must not lose anything.
 EXPORTED int posix_madvise(void *address, size_t bytes, int advice) {
     return advice == POSIX_MADV_DONTNEED ? 0 : advise(address, bytes, advice);
+}
+
+EXPORTED int prctl(int option, ...) {
+    long a[4];
+    va_list more;
+    va_start(more, option);
+    for (int i = 0; i < 4; i++)
+        a[i] = va_arg(more, long);
+    va_end(more);
+    if (option == PR_SET_MEMORY_MERGE && a[0])
+        merging();
+    long r = CALL6(SYS_prctl, option, a[0], a[1], a[2], a[3], 0);
+    if (r < 0)
+        errno = (int)-r;
+    return r < 0 ? -1 : (int)r;
 }

@@ -4,3 +4,6 @@
 
 // From now on, for this process: `c` stays mapped in it.
 void hints_to(struct edm_ctl *c);
+
+// What the DM-Handler has to know before a first page leaves, into a new control page.
+void hints_begin(struct edm_ctl *c);

@@ -118,7 +118,7 @@ static bool exit_is_noticed(int fd, bool evicted) {
     return noticed;
 }
 
-// A thread that exits can no longer wait for a fault: its struct pthread must be there. See pages_excluded.
+// A thread that exits can no longer wait for a fault: its struct pthread must be there. See exits.c.
 static void exit_goes_unnoticed_when_its_page_is_away(void) {
     int fd = begin();
     CHECK(exit_is_noticed(fd, false));
@@ -135,18 +135,24 @@ static void *sleeper(void *line) {
 
 static void excluded_pages_hold_every_threads_struct(void) {
     struct ranges excluded = {0};
+    struct edm_engine engine = {0};
+    struct space self = {.engine = &engine, .pid = getpid(), .mem_fd = -1};
     pthread_t thread;
     int line[2];
     CHECK(pipe(line) == 0);
     CHECK(pthread_create(&thread, NULL, sleeper, &line[0]) == 0);
     usleep(LONG_ENOUGH);  // until it has set its robust list
-    pages_excluded(getpid(), &excluded);
+    exits_look(&self, &excluded);
     CHECK(ranges_has(&excluded, (uintptr_t)thread / PG));
     CHECK(ranges_has(&excluded, (uintptr_t)pthread_self() / PG));
     close(line[1]);
     pthread_join(thread, NULL);
     close(line[0]);
+    CHECK(ranges_has(&self.exits, (uintptr_t)thread / PG));  // for the next thread on this stack
+    exits_forget(&self, (uintptr_t)thread / PG, (uintptr_t)thread / PG + 1);
+    CHECK(!ranges_has(&self.exits, (uintptr_t)thread / PG));
     ranges_free(&excluded);
+    ranges_free(&self.exits);
 }
 
 int main(void) {

@@ -129,6 +129,16 @@ def test_child_past_the_c_library_may_fork_where_no_event_tells_of_it(nobodys_ed
     assert (ran.status, ran.out) == (0, b"same\n"), ran.err
 
 
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.parametrize(("name", "step"), [("tree", "filtered_fork"), ("rare", "not_dumpable")])
+def test_program_that_forbids_itself_system_calls_or_others_to_look_goes_on(
+    nobodys_edm, open_directory, program, name, step
+):
+    ran = nobodys_edm("--local-memory", "1M", "--", shutil.copy(program(name), open_directory), step)
+    assert (ran.status, ran.out.decode()) == (0, f"{step}: as it should be\n"), ran.err
+    assert counters(open_directory)["fetches"] > 500
+
+
 @pytest.mark.usefixtures("not_allowed")
 def test_user_mode_is_refused_unless_it_is_asked_for(nobodys_edm, open_directory):
     ran = nobodys_edm("--", "touch", open_directory / "ran")

@@ -19,7 +19,10 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
-SUITES = {"tree": "1M", "spaces": "1M", "kernel": "1M", "uring": "2M", "signals": "1M", "placed": "1M"}
+SUITES = {
+    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare"), "1M"),
+    "uring": "2M",
+}
 """Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""
 NO_URING = 77
 RUNS = 4
@@ -82,6 +85,37 @@ def test_what_is_wiped_on_fork_is_zeros_where_nothing_had_left_before(edm, progr
     counters = json.loads(report.read_text())["counters"]
     assert counters["evictions"] > 500
     assert counters["internal_errors"] == counters["lost"] == counters["sidecars_lost"] == 0
+
+
+KSM = Path("/sys/kernel/mm/ksm")
+
+
+@pytest.fixture
+def merging():
+    """KSM at work on whoever allows it, without rest; afterwards as it was."""
+    eager = {"pages_to_scan": "1000", "sleep_millisecs": "2", "smart_scan": "0"}
+    try:
+        before = {name: (KSM / name).read_text() for name in ("run", *eager) if (KSM / name).exists()}
+        for name in before:
+            (KSM / name).write_text(eager.get(name, "1"))
+    except OSError as error:
+        pytest.skip(f"KSM cannot be turned on here: {error}")
+    if not before:
+        pytest.skip("this kernel has no KSM")
+    yield
+    for name, value in [("run", "2"), *before.items()]:  # 2: undo what was merged
+        (KSM / name).write_text(value)
+
+
+@pytest.mark.usefixtures("merging")
+@pytest.mark.parametrize("step", ["merged_pages", pytest.param("merged_past_libc", marks=pytest.mark.soak)])
+def test_what_is_written_after_the_kernel_merged_it_is_not_lost(edm, program, tmp_path, step):
+    report = tmp_path / "r.json"
+    edm.environment["ROUNDS"] = "10"
+    arguments = ("--transport", "inproc", "--local-memory", "1M", "--report", report)
+    ran = edm.run(*arguments, "--", program("newer"), step)
+    assert (ran.status, ran.out.decode(), ran.err) == (0, f"{step}: as it should be\n", "")
+    assert json.loads(report.read_text())["counters"]["evictions"] > 1000
 
 
 POOL = """

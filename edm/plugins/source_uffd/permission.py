@@ -14,8 +14,7 @@ _NEEDS: Final = "EDM needs Linux 6.8 or later (userfaultfd with UFFDIO_MOVE)"
 _REMEDY: Final = "run as root, or give access: sudo sysctl -w vm.unprivileged_userfaultfd=1 (or read /dev/userfaultfd)"
 _FORKS: Final = (
     "the kernel does not tell user '{user}' of forks (CAP_SYS_PTRACE): before each, all that was evicted comes back, "
-    "whatever the budget; a child made by a raw system call, past the C library, would miss it, and a program "
-    "that has restricted its system calls (seccomp) may be killed as it forks"
+    "whatever the budget; a child made by a raw system call, past the C library, would miss it"
 )
 _USER_MODE: Final = (
     "user '{user}' has userfaultfd in user mode only: where a page has been evicted, or given up with MADV_DONTNEED, "

@@ -107,6 +107,21 @@ static inline void push_out(void) {
         other[i]++;
 }
 
+// Long enough for new memory to be captured, too.
+static inline void leave(void) {
+    for (int i = 0; i < 2; i++) {
+        push_out();
+        usleep(6000);
+    }
+}
+
+static inline void ended_well(pid_t pid, const char *who) {
+    int status = -1;
+    MUST(pid > 0 && waitpid(pid, &status, 0) == pid);
+    if (status)
+        WRONG("%s: status %#x", who, status);
+}
+
 // ---- steps -------------------------------------------------------------------------------------------------------
 
 struct step {

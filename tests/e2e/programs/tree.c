@@ -12,13 +12,6 @@
 extern char **environ;
 static char *self, *data;
 
-static void ended_well(pid_t pid, const char *who) {
-    int status = -1;
-    MUST(pid > 0 && waitpid(pid, &status, 0) == pid);
-    if (status)
-        WRONG("%s: status %#x", who, status);
-}
-
 // Pages that were only read since they came back, and are the child's to write.
 static void child_writes_what_was_read(void) {
     for (uint64_t round = 0; round < 12; round++) {
@@ -321,6 +314,26 @@ static void raw_clone(void) {
     look(data, 0, PAGES, 27, "parent");
 }
 
+// What it finds of memory that is wanted away from it, or empty.
+static void raw_clone_madvised(void) {
+    char *gone = area(64), *wiped = area(64);
+    fill(gone, 0, 64, 31);
+    fill(wiped, 0, 64, 32);
+    MUST(!madvise(gone, 64 * PAGE, MADV_DONTFORK) && !madvise(wiped, 64 * PAGE, MADV_WIPEONFORK));
+    push_out();
+    usleep(10000);
+    push_out();
+    pid_t child = (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+    if (child == 0) {
+        look(wiped, 0, 64, 0, "child, wiped on fork");
+        look(area_at(gone, 64, MAP_FIXED), 0, 64, 0, "child, mapped where nothing was");
+        _exit(0);
+    }
+    ended_well(child, "child");
+    look(gone, 0, 64, 31, "parent");
+    look(wiped, 0, 64, 32, "parent");
+}
+
 // A child of one that allows itself no other system calls than it needs: any other is death by SIGSYS.
 static void filtered_fork(void) {
     static const int allowed[] = {SYS_clone,
@@ -330,7 +343,6 @@ static void filtered_fork(void) {
                                   SYS_rt_sigprocmask,
                                   SYS_rseq,
                                   SYS_gettid,
-                                  SYS_getpid,
                                   SYS_write,
                                   SYS_mmap,
                                   SYS_munmap,
@@ -457,6 +469,7 @@ int main(int argc, char **argv) {
         {"as_daemon", as_daemon},
         {"forks_in_threads", forks_in_threads},
         {"raw_clone", raw_clone},
+        {"raw_clone_madvised", raw_clone_madvised},
         {"filtered_fork", filtered_fork},
         {"madvised_fork", madvised_fork},
         {"freed_fork", freed_fork},

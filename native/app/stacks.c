@@ -1,0 +1,76 @@
+// pthread_create as the program calls it. Where the C library has struct pthread, at the top of the thread's stack, the
+// kernel writes when the thread exits, and waits for no page then: the DM-Handler is told which pages those are. It
+// looks for itself too, but a thread may come and go between two looks. A stack of the program's own, in memory that
+// may be on its way out, is told before the thread is made.
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "stacks.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/syscall.h>
+
+#include "calls.h"
+#include "own.h"
+
+#define PAGE 4096ul
+#define TOP (2 * PAGE)
+#define WAIT_TURNS 100000  // of a move that takes microseconds: its sidecar may have died
+
+typedef int create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+
+static struct edm_ctl *control;
+
+void stacks_to(struct edm_ctl *c) { __atomic_store_n(&control, c, __ATOMIC_RELEASE); }
+
+static struct edm_ctl *mine(void) {
+    struct edm_ctl *c = __atomic_load_n(&control, __ATOMIC_ACQUIRE);
+    return c && own_process() ? c : NULL;
+}
+
+static void tell(struct edm_ctl *c, uint64_t address) {
+    uint32_t at = __atomic_fetch_add(&c->stack_next, 1, __ATOMIC_ACQ_REL);
+    __atomic_store_n(&c->stack[at % EDM_STACKS], address / PAGE * PAGE, __ATOMIC_SEQ_CST);
+}
+
+// A move that began before sees nothing of what was told; one that begins later does.
+static void wait_for_move(struct edm_ctl *c) {
+    __atomic_fetch_add(&c->stacks_told, 1, __ATOMIC_SEQ_CST);
+    for (int i = 0; i < WAIT_TURNS && __atomic_load_n(&c->lock, __ATOMIC_SEQ_CST) == EDM_LOCK_SIDECAR; i++)
+        if (i > 100)
+            CALL(SYS_sched_yield, 0, 0, 0);
+}
+
+// The end of the program's own stack; 0: the C library is to make one.
+static uint64_t own_stack_end(const pthread_attr_t *attr) {
+    void *address;
+    size_t bytes;
+    if (!attr || pthread_attr_getstack(attr, &address, &bytes))
+        return 0;
+    return (uint64_t)address + bytes;
+}
+
+__attribute__((visibility("default"))) int pthread_create(pthread_t *thread, const pthread_attr_t *attr,
+                                                          void *(*run)(void *), void *argument) {
+    static create *real;
+    if (!real) {
+        void *found = dlsym(RTLD_NEXT, "pthread_create");
+        if (!found)
+            return ENOSYS;
+        memcpy(&real, &found, sizeof real);
+    }
+    struct edm_ctl *c = mine();
+    uint64_t end = c ? own_stack_end(attr) : 0;
+    for (uint64_t at = TOP; end && at; at -= PAGE)
+        tell(c, end - at);
+    if (end)
+        wait_for_move(c);
+    int error = real(thread, attr, run, argument);
+    if (c && !end && !error)
+        tell(c, (uint64_t)*thread);  // which is the address of struct pthread, with glibc as with musl
+    return error;
+}

@@ -1,6 +1,7 @@
 // Pages that the kernel writes to when a thread exits, at a time when it can wait for no fault any more: struct
 // pthread, where it clears the thread's id (or pthread_join would hang), and the robust mutexes that the thread holds
-// (or whoever locks one next would). Those stay.
+// (or whoever locks one next would). Those stay. What is told (app/stacks.c) is certain; what is found is not, of a
+// mutex that was locked, or a thread that began, between a look and the move.
 #include <dirent.h>
 #include <linux/futex.h>
 #include <stdio.h>

@@ -1,7 +1,8 @@
 // pthread_create as the program calls it. Where the C library has struct pthread, at the top of the thread's stack, the
 // kernel writes when the thread exits, and waits for no page then: the DM-Handler is told which pages those are. It
 // looks for itself too, but a thread may come and go between two looks. A stack of the program's own, in memory that
-// may be on its way out, is told before the thread is made.
+// may be on its way out, is told before the thread is made. So is a robust mutex before it is initialized: the kernel
+// writes to one when a thread exits that holds it.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -21,7 +22,10 @@
 #define TOP (2 * PAGE)
 #define WAIT_TURNS 100000  // of a move that takes microseconds: its sidecar may have died
 
+#define EXPORTED __attribute__((visibility("default")))
+
 typedef int create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+typedef int initialize(pthread_mutex_t *, const pthread_mutexattr_t *);
 
 static struct edm_ctl *control;
 
@@ -54,15 +58,17 @@ static uint64_t own_stack_end(const pthread_attr_t *attr) {
     return (uint64_t)address + bytes;
 }
 
-__attribute__((visibility("default"))) int pthread_create(pthread_t *thread, const pthread_attr_t *attr,
-                                                          void *(*run)(void *), void *argument) {
+// The C library's own; false: it has none.
+static bool next_of(void *function, const char *name) {
+    void *found = dlsym(RTLD_NEXT, name);
+    memcpy(function, &found, sizeof found);
+    return found;
+}
+
+EXPORTED int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *argument) {
     static create *real;
-    if (!real) {
-        void *found = dlsym(RTLD_NEXT, "pthread_create");
-        if (!found)
-            return ENOSYS;
-        memcpy(&real, &found, sizeof real);
-    }
+    if (!real && !next_of(&real, "pthread_create"))
+        return ENOSYS;
     struct edm_ctl *c = mine();
     uint64_t end = c ? own_stack_end(attr) : 0;
     for (uint64_t at = TOP; end && at; at -= PAGE)
@@ -73,4 +79,18 @@ __attribute__((visibility("default"))) int pthread_create(pthread_t *thread, con
     if (c && !end && !error)
         tell(c, (uint64_t)*thread);  // which is the address of struct pthread, with glibc as with musl
     return error;
+}
+
+EXPORTED int pthread_mutex_init(pthread_mutex_t *mutex, const pthread_mutexattr_t *attr) {
+    static initialize *real;
+    int robust = PTHREAD_MUTEX_STALLED;
+    if (!real && !next_of(&real, "pthread_mutex_init"))
+        return ENOSYS;
+    struct edm_ctl *c = attr && !pthread_mutexattr_getrobust(attr, &robust) && robust ? mine() : NULL;
+    if (c) {
+        tell(c, (uint64_t)mutex);
+        tell(c, (uint64_t)mutex + sizeof *mutex - 1);
+        wait_for_move(c);
+    }
+    return real(mutex, attr);
 }

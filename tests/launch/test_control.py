@@ -89,5 +89,5 @@ def test_who_is_closed_accepts_nothing_more(tmp_path):
     before = set(threading.enumerate())
     control = Control(tmp_path / "control.sock")
     control.close()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before  # of other tests' some may have ended
     control.close()

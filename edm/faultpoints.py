@@ -99,8 +99,8 @@ def reached(name: str) -> bool:
     if _Armed.times >= 0:
         return False
     _Armed.name = ""
-    if not _Armed.flag.exists():
-        return False  # the same point of the C core has acted
+    if not _Armed.flag.exists() or not _Armed.flag.read_text():
+        return False  # the same point of the C core has acted; empty: a test has put the file back since
     _Armed.flag.unlink()
     if _Armed.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

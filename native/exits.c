@@ -56,10 +56,16 @@ static void told(struct space *s) {
     uint32_t next = __atomic_load_n(&s->ctl->stack_next, __ATOMIC_SEQ_CST);
     if (next - s->stacks_seen > EDM_STACKS)
         s->stacks_seen = next - EDM_STACKS;
-    for (; s->stacks_seen != next; s->stacks_seen++) {
-        uint64_t page = __atomic_load_n(&s->ctl->stack[s->stacks_seen % EDM_STACKS], __ATOMIC_SEQ_CST) >> PAGE_SHIFT;
-        if (page < LSPT_MAX_PAGE && !ranges_touch(&s->stack_tops, page, page + 1))
+    bool all = true;
+    for (uint32_t at = s->stacks_seen; at != next; at++) {
+        uint64_t note = __atomic_load_n(&s->ctl->stack[at % EDM_STACKS], __ATOMIC_SEQ_CST), page = note >> PAGE_SHIFT;
+        // Not written yet: its thread has not been made, and will have told of it before; see wait_for_move.
+        if (!note || ((note ^ EDM_STACK_NOTE(0, at - EDM_STACKS)) & 0xfff) == 0)
+            all = false;
+        else if (page < LSPT_MAX_PAGE && !ranges_touch(&s->stack_tops, page, page + 1))
             remember(s, page, page + 1);
+        if (all)
+            s->stacks_seen = at + 1;
     }
 }
 

@@ -16,6 +16,8 @@
 #define EDM_KEEP 32
 #define EDM_STACKS 256 /* of threads made lately */
 
+#define EDM_STACK_NOTE(page, number) ((page) | (((number) / EDM_STACKS + 1) & 0xfff))
+
 enum edm_op { EDM_OP_NONE = 0, EDM_OP_MOVE = 1, EDM_OP_EXIT = 2 };
 enum edm_lock { EDM_UNLOCKED = 0, EDM_LOCK_SIDECAR = 1, EDM_LOCK_ENGINE = 2 };
 
@@ -56,7 +58,8 @@ struct edm_ctl {
     char sock[EDM_SOCK_BYTES];  // where its DM-Handler listens
     // Addresses in pages that stay: where debuggers look first, who cannot wait for a page. 0: none.
     uint64_t keep[EDM_KEEP];
-    // Pages at the top of stacks, told by the program; the next goes to stack[stack_next % EDM_STACKS].
+    // Pages at the top of stacks, told by the program; the next goes to stack[stack_next % EDM_STACKS], with its round
+    // in the bits that a page's address leaves: of one that is being written it is the round before.
     uint32_t stack_next;
     uint32_t stacks_told;        // counts those that had to be told before their thread was made
     uint32_t batch_stacks_told;  // … before the batch was chosen

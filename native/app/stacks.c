@@ -38,7 +38,7 @@ static struct edm_ctl *mine(void) {
 
 static void tell(struct edm_ctl *c, uint64_t address) {
     uint32_t at = __atomic_fetch_add(&c->stack_next, 1, __ATOMIC_ACQ_REL);
-    __atomic_store_n(&c->stack[at % EDM_STACKS], address / PAGE * PAGE, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&c->stack[at % EDM_STACKS], EDM_STACK_NOTE(address / PAGE * PAGE, at), __ATOMIC_SEQ_CST);
 }
 
 // A move that began before sees nothing of what was told; one that begins later does.

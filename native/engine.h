@@ -210,7 +210,8 @@ struct space {
     uint64_t resident;
     uint64_t barrier;  // outbox sequence that must be done before a page of this space is fetched
     uint32_t refs;     // outbox items, fetch slots and waiting faults that point here
-    bool dead, ready;
+    bool dead;
+    _Atomic bool ready;    // its sidecar can be asked; the LPET finds out that it has died without the lock
     bool batch_busy;       // the LPET is moving pages out of it
     bool dropping;         // staging is being emptied
     bool draining;         // the LPET waits for that; the control page stays mapped till then

@@ -142,10 +142,15 @@ class Watch:
             memory = memory_of(pid) if pid != self._pid else None
             if not memory:
                 continue
-            held = self._askers.held_bytes(pid) if memory.registered else 0
-            memory = attrs.evolve(memory, away=max(0, held - memory.registered))
+            memory = attrs.evolve(memory, away=self._away_bytes(pid, memory))
             if memory.all >= self.largest.all:
                 self.largest = memory
+
+    def _away_bytes(self, pid, before):
+        """Of what is captured what is not here; never too much, where the program goes on between one look and the next."""
+        held = self._askers.held_bytes(pid) if before.registered else 0
+        after = memory_of(pid) if held else None
+        return max(0, held - max(before.registered, after.registered)) if after else 0
 
     def close(self):
         self._stop.set()

@@ -32,6 +32,7 @@
 #include "calls.h"
 #include "hints.h"
 #include "own.h"
+#include "remap.h"
 #include "stacks.h"
 #include "tie.h"
 
@@ -493,6 +494,7 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     captured = true;
     hints_to(c);
     stacks_to(c);
+    remap_begin();
     *(volatile char *)c->anchor = 1;
     c = NULL;  // it stays, for the sidecar
     result = 0;
@@ -529,6 +531,8 @@ static bool forks_untold(void) { return captured && no_forks && own_process(); }
 
 static bool filtered(void) { return CALL6(SYS_prctl, PR_GET_SECCOMP, 0, 0, 0, 0, 0) != 0; }
 
+bool restricted(void) { return free_to_call && filtered(); }
+
 // The same of one that has forbidden itself system calls since it was captured, which ends it for those of asking: a
 // word in the control page, which the DM-Handler comes by with its next sweep.
 static void ask_whole_silently(void) {
@@ -543,7 +547,7 @@ static void before_fork(void) {
     if (!forks_untold())
         return;
     __atomic_fetch_add(&control->forking, 1, __ATOMIC_SEQ_CST);
-    if (free_to_call && filtered()) {
+    if (restricted()) {
         ask_whole_silently();
         return;
     }
@@ -564,7 +568,7 @@ static void after_fork_in_child(void) {
     if (!captured)
         return;
     captured = false;
-    if (free_to_call && filtered())
+    if (restricted())
         return;
     if (no_forks || hand_over(EDM_HELLO_FORK, anchor_page) == 1)
         hand_over(EDM_HELLO_NEW, 0);

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
 SUITES = {
-    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare"), "1M"),
+    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare", "remaps"), "1M"),
     "uring": "2M",
 }
 """Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""

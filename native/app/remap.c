@@ -50,7 +50,7 @@ struct mapping {
 static uint64_t number(const char **at, unsigned base) {
     uint64_t n = 0;
     for (;; ++*at) {
-        unsigned c = (unsigned char)**at, digit = c >= 'a' ? c - 'a' + 10 : c - '0';
+        unsigned c = (unsigned char)**at, digit = c >= 'a' ? c - 'a' + 10 : c <= '9' ? c - '0' : base;
         if (digit >= base)
             return n;
         n = n * base + digit;

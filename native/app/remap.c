@@ -30,9 +30,26 @@
 #define EXPORTED __attribute__((visibility("default")))
 
 static bool captured;
-static int several;  // at once: 1 the kernel can, -1 it cannot, 0 not known yet
+static bool several;  // the kernel moves several mappings at once
 
-void remap_begin(void) { captured = true; }
+// Tried on two that EDM never captures, since nobody can write there. Before main: where a thread makes a hole in its
+// address space, to map something there later, nothing of ours must come to lie.
+static bool kernel_can_several(void) {
+    long p = CALL6(SYS_mmap, 0, 4 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p < 0)
+        return false;
+    CALL(SYS_madvise, (uint64_t)p + PAGE, PAGE, MADV_DONTDUMP);
+    long to = p + (long)(2 * PAGE);
+    bool can = CALL6(SYS_mremap, p, 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to, 0) == to;
+    CALL(SYS_munmap, p, 4 * PAGE, 0);
+    return can;
+}
+
+void remap_begin(void) {
+    if (!captured)
+        several = kernel_can_several();
+    captured = true;
+}
 
 struct order {
     uint64_t from, was, will;  // bytes, of whole pages
@@ -124,24 +141,6 @@ static int open_maps(void) {
     return (int)CALL6(SYS_openat, AT_FDCWD, "/proc/thread-self/maps", O_RDONLY | O_CLOEXEC, 0, 0, 0);
 }
 
-// Whether the kernel moves several mappings at once. Tried on two that EDM never captures, since nobody can write
-// there.
-static bool kernel_can_several(void) {
-    int known = __atomic_load_n(&several, __ATOMIC_RELAXED);
-    if (known)
-        return known > 0;
-    uint64_t bytes = 4 * PAGE;
-    long p = CALL6(SYS_mmap, 0, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p < 0)
-        return false;
-    CALL(SYS_madvise, (uint64_t)p + PAGE, PAGE, MADV_DONTDUMP);
-    uint64_t to = (uint64_t)p + 2 * PAGE;
-    bool can = CALL6(SYS_mremap, p, 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to, 0) == (long)to;
-    CALL(SYS_munmap, p, bytes, 0);
-    __atomic_store_n(&several, can ? 1 : -1, __ATOMIC_RELAXED);
-    return can;
-}
-
 // Whether it would be one mapping without EDM: side by side, and of one kind.
 static bool one_without_edm(int fd, uint64_t a, uint64_t b) {
     struct mapping first, next;
@@ -155,19 +154,31 @@ static bool one_without_edm(int fd, uint64_t a, uint64_t b) {
 
 // ---- moving, mapping by mapping -----------------------------------------------------------------------------------
 
-static long move_one(uint64_t from, uint64_t was, uint64_t will, bool leave, uint64_t to) {
-    if (!leave)
-        return CALL6(SYS_mremap, from, was, will, MREMAP_MAYMOVE | MREMAP_FIXED, to, 0);
-    // To somewhere first, which the kernel does wholly or not at all: of a part that has been moved to a fixed address
-    // and left mapped one could not tell that it has.
-    long at = CALL6(SYS_mremap, from, was, was, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0, 0);
-    if (at < 0)
-        return at;
-    long r = CALL6(SYS_mremap, at, was, was, MREMAP_MAYMOVE | MREMAP_FIXED, to, 0);
+// All of [from, from + was), which was one mapping just now, or a part where it no longer is: returns how much.
+static uint64_t move_one(uint64_t from, uint64_t was, uint64_t will, uint64_t to, long *error) {
+    long r = CALL6(SYS_mremap, from, was, will, MREMAP_MAYMOVE | MREMAP_FIXED, to, 0);
+    *error = r < 0 ? r : 0;
+    return r < 0 ? 0 : was;  // a part that has been moved all the same is a gap now
+}
+
+// The same, and it stays mapped: how far the kernel came is seen from what lies at its new place.
+static uint64_t move_and_leave(int fd, uint64_t from, uint64_t bytes, uint64_t to, long *error) {
+    struct mapping m;
+    int flags = MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+    long r = CALL6(SYS_mmap, to, bytes, PROT_NONE, flags, -1, 0);
     if (r >= 0)
-        return r;
-    CALL6(SYS_mremap, at, was, was, MREMAP_MAYMOVE | MREMAP_FIXED, from, 0);
-    return r;
+        r = CALL6(SYS_mremap, from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to, 0);
+    *error = r < 0 ? r : 0;
+    if (r >= 0)
+        return bytes;
+    uint64_t end = to;
+    while (r == -EFAULT && end < to + bytes && mapping_from(fd, end, &m) && m.a <= end && !(m.kind & SHARED_OR_FILE))
+        end = m.b;
+    if (end == to && r != -EFAULT)
+        CALL(SYS_munmap, to, bytes, 0);
+    else if (end > to)
+        *error = 0;
+    return end - to;
 }
 
 // Of [at, at + bytes) what there is goes to the same places from `to` on; the last of it grows by `more`. Returns what
@@ -183,14 +194,13 @@ static uint64_t move_each(int fd, uint64_t at, uint64_t bytes, uint64_t more, bo
             done = m.a - at;
         uint64_t n = (m.b < at + bytes ? m.b : at + bytes) - at - done;
         uint64_t grow = done + n == bytes ? more : 0;
-        *error = move_one(at + done, n, n + grow, leave, to + done);
-        if (*error == -EFAULT && ++tries < AGAIN)
-            continue;
-        if (*error < 0)
+        uint64_t moved = leave ? move_and_leave(fd, at + done, n, to + done, error)
+                               : move_one(at + done, n, n + grow, to + done, error);
+        if (*error && (*error != -EFAULT || ++tries == AGAIN))
             return done;
-        *error = 0;
-        tries = 0;
-        done += n;
+        if (!*error)
+            tries = 0;
+        done += moved;
     }
     return done;
 }
@@ -242,7 +252,7 @@ static long call(const struct order *o) { return CALL6(SYS_mremap, o->from, o->w
 static bool of_several(const struct order *o) {
     bool fixed = (o->flags & ~MREMAP_DONTUNMAP) == (MREMAP_MAYMOVE | MREMAP_FIXED);
     bool apart = o->from + o->was <= o->to || o->to + o->was <= o->from;
-    return fixed && o->was == o->will && o->was && apart && o->to % PAGE == 0 && kernel_can_several();
+    return fixed && o->was == o->will && o->was && apart && o->to % PAGE == 0 && several;
 }
 
 static long remap(struct order *o) {

@@ -37,7 +37,7 @@ int main(void) {
     for (int round = 0; round < ROUNDS; round++) {
         pthread_t threads[THREADS];
         FILE *f = fopen(flag, "w");
-        CHECK(f && !fclose(f));
+        CHECK(f && fputs("armed", f) >= 0 && !fclose(f));
         CHECK(edm_point_arm("batch_begun", EDM_POINT_FAIL, round * 100, flag) == POINT_batch_begun);
         atomic_store(&taken, 0);
         atomic_store(&started, 0);
@@ -48,5 +48,13 @@ int main(void) {
         CHECK(atomic_load(&taken) == 1);
         CHECK(access(flag, F_OK) && errno == ENOENT);
     }
-    return 0;
+
+    // It has been taken by somebody else: the file has gone, or was put back empty.
+    CHECK(edm_point_arm("batch_begun", EDM_POINT_FAIL, 0, flag) == POINT_batch_begun);
+    CHECK(!point_fails(POINT_batch_begun, NULL));
+    FILE *f = fopen(flag, "w");
+    CHECK(f && !fclose(f));
+    CHECK(edm_point_arm("batch_begun", EDM_POINT_FAIL, 0, flag) == POINT_batch_begun);
+    CHECK(!point_fails(POINT_batch_begun, NULL) && !access(flag, F_OK));
+    return unlink(flag);
 }

@@ -7,7 +7,7 @@
 #define HALF (PAGES / 2)
 #define BYTES (PAGES * PAGE)
 #define THREADS 3
-#define ROUNDS 5
+#define ROUNDS 3
 #ifndef MREMAP_DONTUNMAP
 #define MREMAP_DONTUNMAP 4
 #endif

@@ -1,9 +1,20 @@
 """Fixtures for every test; a folder's own are in its conftest.py."""
 
+import faulthandler
 import sys
 from textwrap import dedent
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_dump_of_what_is_long(request):
+    """Of a test that may take longer than `faulthandler_timeout`, no stacks in the middle: what dumps them reads the
+    frames while they run on, and can end Python. pytest-timeout prints them where the test's own time is over.
+    """
+    allowed = request.node.get_closest_marker("timeout")
+    if allowed and allowed.args and allowed.args[0] > float(request.config.getini("faulthandler_timeout")):
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ class Watch:
                 self.largest = memory
 
     def _away_bytes(self, pid, before):
-        """Of what is captured what is not here; never too much, where the program goes on between one look and the next."""
+        """Of what is captured what is not here; never too much, where the program goes on between the looks."""
         held = self._askers.held_bytes(pid) if before.registered else 0
         after = memory_of(pid) if held else None
         return max(0, held - max(before.registered, after.registered)) if after else 0

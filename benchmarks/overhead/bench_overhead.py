@@ -63,7 +63,7 @@ def build(directory, name):
 
 def text(directory):
     numbers = random.Random(1)
-    lines = (f"{numbers.getrandbits(40):x} {i} {'abcdefgh'[: i % 9]}\n" for i in range(100_000))
+    lines = (f"{numbers.getrandbits(40):x} {i} {'abcdefgh'[: i % 9]}\n" for i in range(200_000))
     (directory / "text").write_text("".join(lines))
     return directory / "text"
 

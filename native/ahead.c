@@ -69,13 +69,16 @@ static uint64_t known_until(const struct ranges *known, uint64_t page, uint64_t 
 
 static bool fillable(struct space *s, uint64_t page) {
     struct leaf *l = lspt_leaf(&s->lspt, page);
-    return !l || (!l->moving && l->e[page % LEAF_PAGES].state == PS_NEW && !ranges_has(&s->removed, page));
+    if (!l)
+        return true;
+    enum page_state state = (enum page_state)l->e[page % LEAF_PAGES].state;
+    return !l->moving && state_new(state) && !ranges_has(&s->removed, page);
 }
 
 // A stream over pages that are new: they are zeros, and a writer gets them with memory behind them, or each would fault
 // once more in the kernel.
 void ahead_fill(struct edm_engine *g, struct fault f) {
-    struct stream *st = stream_of(g, f);
+    struct stream *st = space_own_uffd(f.space) ? NULL : stream_of(g, f);
     if (!st || (st->stride != 1 && st->stride != -1))
         return;
     struct space *s = f.space;
@@ -101,8 +104,9 @@ void ahead_fill(struct edm_engine *g, struct fault f) {
         return;  // something is there already, or an event is on its way: each will fault for itself
     for (uint32_t i = 0; i < (uint32_t)done; i++) {
         struct leaf *l = lspt_leaf_make(&s->lspt, s, from + i);
-        l->e[(from + i) % LEAF_PAGES].flags = 0;
-        entry_resident(s, l, &l->e[(from + i) % LEAF_PAGES], from + i);
+        struct lspt_entry *e = &l->e[(from + i) % LEAF_PAGES];
+        e->flags = e->state == PS_NEW ? PF_AHEAD : 0;
+        entry_resident(s, l, e, from + i);
     }
     g->count.zero_fills += (uint64_t)done;
     if ((uint32_t)done == n)

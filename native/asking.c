@@ -27,11 +27,11 @@ static bool present(const struct space *s, uint64_t page) {
 static bool perhaps_stored(const struct space *s, uint64_t page) { return s->asks && ranges_has(&s->known, page); }
 
 static bool held(const struct space *s, uint64_t page, enum page_state state) {
-    return state != PS_NEW || perhaps_stored(s, page);
+    return !state_new(state) || perhaps_stored(s, page);
 }
 
 static bool away(const struct space *s, uint64_t page, enum page_state state) {
-    return state == PS_NEW ? perhaps_stored(s, page) && !present(s, page) : state != PS_RESIDENT;
+    return state_new(state) ? perhaps_stored(s, page) && !present(s, page) : state != PS_RESIDENT;
 }
 
 // Whether it is one of those that are asked for; *fault: what kind of fault brings it.

@@ -230,6 +230,10 @@ static void hand_over(struct edm_engine *g, int sock) {
             send_reply(sock, 0, -1);
         goto out;
     }
+    if (hello.kind == EDM_HELLO_WANTED) {
+        foreign_serve(g, sock, cred.pid);
+        goto out;
+    }
     struct edm_ctl *c = ctl_map(fds[0]);
     if (!c || (hello.kind == EDM_HELLO_NEW && fds[1] < 0))
         goto out;

@@ -75,6 +75,7 @@ struct edm_counters {
     uint64_t events_unmap;
     uint64_t joined; /* pages that were there before their mapping was captured */
     uint64_t sweeps;
+    uint64_t given;       /* pages let go of for a userfaultfd of the program's own: native/foreign.c */
     uint64_t growth_cuts; /* stretches of which a part was captured and the rest left to grow: native/growth.c */
     uint64_t processes;   /* address spaces captured so far */
     uint64_t spaces;      /* … alive now */
@@ -139,6 +140,7 @@ int edm_engine_pids(struct edm_engine *engine, int32_t *out, int max);
 #define EDM_PAGE_EVICTING 3
 #define EDM_PAGE_STAGED 4
 #define EDM_PAGE_REMOTE 5
+#define EDM_PAGE_ZERO 6
 struct edm_page_state {
     uint32_t state;
     uint32_t clean; /* resident, and the DMS has exactly these bytes */

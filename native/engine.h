@@ -37,18 +37,21 @@ enum page_state {
     PS_EVICTING,            // being moved to staging by the LPET
     PS_STAGED,              // only copy in the write-back buffer; `where` is the outbox item
     PS_REMOTE,              // acknowledged by the DMS; version and checksum say what must come back
+    PS_ZERO,                // as PS_NEW, but the program had touched it: it was zeros when it left
 };
+static inline bool state_new(enum page_state state) { return state == PS_NEW || state == PS_ZERO; }
 
 enum page_flag {
     PF_CLEAN = 1,   // resident, write-protected, and the DMS holds exactly this version
     PF_STORED = 2,  // the DMS may hold something under this page's id
     PF_WAITED = 4,  // a thread faulted on it while its leaf was being evicted
     PF_WRITER = 8,  // … to write to it
+    PF_AHEAD = 16,  // filled with zeros before anybody asked for it, and perhaps not touched since
 };
 
 // 15 bytes a page, and 16 with its share of the leaf.
 struct __attribute__((packed)) lspt_entry {
-    uint8_t state : 4, flags : 4;
+    uint8_t state : 3, flags : 5;
     uint32_t where, checksum, version_low;
     uint16_t version_high;
 };
@@ -124,6 +127,8 @@ bool ranges_gap(const struct ranges *r, uint64_t *a, uint64_t b, uint64_t *e);
 const struct range *ranges_at(const struct ranges *r, uint64_t page);  // NULL: in none
 void ranges_append(struct ranges *r, uint64_t a, uint64_t b);          // behind all others; joined with none
 bool ranges_touch(const struct ranges *r, uint64_t a, uint64_t b);
+// Adds to `out` what of [a, b) is in r.
+void ranges_within(const struct ranges *r, uint64_t a, uint64_t b, struct ranges *out);
 void ranges_free(struct ranges *r);
 
 // ---- where faults come from -----------------------------------------------------------------------------------
@@ -204,6 +209,12 @@ struct space {
     bool suspects_taken;
     struct ranges stack_tops;  // of thread stacks: never evicted, see sweep.c
     struct ranges exits;       // nor these, see exits.c
+    // For userfaultfds of the program's own, see foreign.c
+    struct ranges wanted;    // asked for: nothing leaves from there, nor is it registered, until that is settled
+    struct ranges foreign;   // another has it, or may have: no fault there is ours
+    struct ranges blank;     // adopted: of what is wanted, what the DMS has nothing of
+    struct range untouched;  // of what was filled ahead there, pages of zeros are to leave
+    bool giving, own_uffd;
     uint32_t stacks_seen, stacks_told;
     bool making_whole;  // for a fork, see whole.c; asked for so often by then
     uint32_t whole_asked;
@@ -490,11 +501,28 @@ void idle_fault(struct edm_engine *g, uint32_t thread);
 void idle_rest(struct edm_engine *g);
 
 // ---- whole.c: before a fork of which no event will tell
+struct space *space_alive(struct edm_engine *g, int pid);
 int space_make_whole(struct edm_engine *g, int pid);
+// One round of bringing what of [a, b) is not in the program, `zeros` or not; true: all is there, or is lost. Else the
+// lock was let go for a moment.
+#define BRING_ROUND_US 500
+struct bringing {
+    uint32_t round, asked, still;
+    uint64_t before;
+};
+bool space_bring(struct edm_engine *g, struct space *s, uint64_t a, uint64_t b, bool zeros, struct bringing *w);
 void whole_look(struct edm_engine *g, struct space *s);
 // The program is about to fork so: nothing may leave, whatever the budget. In the control page, for a DM-Handler that
 // takes over must know as well.
 static inline bool space_whole(const struct space *s);
+
+// ---- foreign.c: memory for a userfaultfd of the program's own
+void foreign_serve(struct edm_engine *g, int sock, int pid);
+// For the LPET: whether pages are to leave that were filled ahead and never touched, and at most `most` of them.
+bool foreign_waits(const struct edm_engine *g);
+struct space *foreign_select(struct edm_engine *g, struct move_batch *b, uint64_t most);
+// A sweep begins to try what is foreign anew.
+void foreign_again(struct space *s);
 
 // ---- ahead.c
 void ahead_fetch(struct edm_engine *g, struct worker *w, struct fault f);
@@ -530,13 +558,18 @@ void acknowledged_again(struct edm_engine *g);
 uint64_t batch_carry_out(struct edm_engine *g, struct space *s, struct move_batch *b);
 struct move_batch *batch_new(void);
 void batch_free(struct move_batch *b);
+bool page_is_zero(const uint8_t *page);
 
 // ---- reclaim.c (LPET)
 void *lpet_thread(void *engine);
+bool can_move_out(const struct space *s);
+void batch_choose(struct move_batch *b, struct leaf *l, uint64_t mask, uint64_t pass);
 void budget_set(struct edm_engine *g);
 
 // ---- exits.c: what the kernel writes to when threads exit
 void exits_look(struct space *s, struct ranges *out);
+// What is not there is an error, not a fault: a fault would wait for us.
+bool space_peek(const struct space *s, uint64_t at, void *into, size_t bytes);
 void exits_forget(struct space *s, uint64_t a, uint64_t b);
 
 // ---- hints.c: madvise(2) of the programs
@@ -566,6 +599,7 @@ enum edm_policy_idle leaf_idle(struct edm_engine *g, struct leaf *l);
 int uffd_open_api(struct edm_engine *g, int fd);
 int uffd_access(bool *no_forks);
 int uffd_register(struct space *s, uint64_t a, uint64_t b);
+int uffd_unregister(struct space *s, uint64_t a, uint64_t b);
 int uffd_unprotect(struct space *s, uint64_t a, uint64_t b);
 int uffd_watch(struct space *s);
 void sidecar_lock(struct space *s);
@@ -595,11 +629,11 @@ void space_detach(struct space *s);
 struct edm_ctl *ctl_map(int fd);
 bool space_sweep(struct space *s);
 
-// Memory of one mapping that is not registered; heap: it grows by brk(2).
+// Memory of one mapping that is not registered; heap: it grows by brk(2); foreign: another uffd had it lately.
 struct unregistered {
     struct stretch {
         uint64_t a, b;
-        bool heap;
+        bool heap, foreign;
     } *v;
     uint32_t n, cap;
 };
@@ -616,6 +650,11 @@ static inline bool space_whole(const struct space *s) {
 
 static inline bool space_merges(const struct space *s) {
     return s->merges || (s->ctl && __atomic_load_n(&s->ctl->merges, __ATOMIC_ACQUIRE));
+}
+
+// The program has opened a userfaultfd of its own: pages it never touched must not be filled.
+static inline bool space_own_uffd(const struct space *s) {
+    return s->own_uffd || (s->ctl && __atomic_load_n(&s->ctl->own_uffd, __ATOMIC_ACQUIRE));
 }
 
 // What counts against the budget.

@@ -51,6 +51,7 @@ void event_remap(struct edm_engine *g, struct space *s, const struct uffd_msg *m
     hints_forget(s, to, to + n);
     exits_forget(s, from, from + n);
     exits_forget(s, to, to + n);
+    ranges_del(&s->foreign, to, to + n);
     at_fork_not(s, from, n);
     at_fork_not(s, to, n);
     if (!s->adopting)

@@ -16,15 +16,14 @@
 #define LOCAL_PART 4       // of the budget, at most, for them
 #define STACK_PAGES 3
 
-// What is not there is an error, not a fault: a fault would wait for us.
-static bool peek(const struct space *s, uint64_t at, void *into, size_t bytes) {
+bool space_peek(const struct space *s, uint64_t at, void *into, size_t bytes) {
     return s->mem_fd >= 0 && pread(s->mem_fd, into, bytes, (off_t)at) == (ssize_t)bytes;
 }
 
 // Source: Documentation/locking/robust-futex-ABI.rst. Bit 0 of a pointer marks a mutex with priority inheritance.
 static void held_mutexes(const struct space *s, uint64_t head, struct ranges *out) {
     struct robust_list_head h;
-    if (!peek(s, head, &h, sizeof h))
+    if (!space_peek(s, head, &h, sizeof h))
         return;
     uint64_t at = (uint64_t)(uintptr_t)h.list.next & ~1ull, pending = (uint64_t)(uintptr_t)h.list_op_pending & ~1ull;
     uint64_t word = (uint64_t)h.futex_offset;
@@ -33,7 +32,7 @@ static void held_mutexes(const struct space *s, uint64_t head, struct ranges *ou
     for (int i = 0; i < MOST_HELD && at && at != head; i++) {
         ranges_add(out, at >> PAGE_SHIFT, (at >> PAGE_SHIFT) + 1);
         ranges_add(out, (at + word) >> PAGE_SHIFT, ((at + word) >> PAGE_SHIFT) + 1);
-        if (!peek(s, at, &at, sizeof at))
+        if (!space_peek(s, at, &at, sizeof at))
             return;
         at &= ~1ull;
     }

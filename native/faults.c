@@ -12,8 +12,8 @@
 #define STATUS_ERROR 2  // edm.types.GetStatus
 #define STATUS_LOST 3
 
-static bool room(const struct edm_engine *g, const struct space *s) {
-    return !g->limit || local_pages(g) < g->limit + g->grace || space_whole(s);
+static bool room(const struct edm_engine *g, const struct space *s, uint64_t page) {
+    return !g->limit || local_pages(g) < g->limit + g->grace || space_whole(s) || ranges_has(&s->wanted, page);
 }
 
 static void over_high(struct edm_engine *g) {
@@ -260,6 +260,11 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
         take_in_staging(g, f);
         return;
     }
+    if (ranges_has(&s->foreign, f.page)) {  // read or put off before that: nobody waits for us any more
+        traced(g, s, f.page, EDM_TRACE_LISTED, 0);
+        s->ops->wake(s, f.page, 1);
+        return;
+    }
     struct leaf *l = lspt_leaf(&s->lspt, f.page);
     struct lspt_entry *e = l ? &l->e[f.page % LEAF_PAGES] : NULL;
     enum page_state state = e ? (enum page_state)e->state : PS_NEW;
@@ -287,7 +292,7 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
         }
         return;
     }
-    if (state == PS_NEW && space_asks(s) && f.flags & UFFD_PAGEFAULT_FLAG_WP) {
+    if (state_new(state) && space_asks(s) && f.flags & UFFD_PAGEFAULT_FLAG_WP) {
         // Of an adopted program, and a child it forked before the first sweep: there, write-protected by the one who
         // was before us, and not in the table yet. The sweep that finds it may have to wait for this very thread.
         int r = s->ops->unprotect(s, f.page);
@@ -295,9 +300,9 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
             settle(g, f, r, "unprotect");
         return;
     }
-    if (f.flags & FAULT_AHEAD && (state == PS_NEW || !room(g, s)))
+    if (f.flags & FAULT_AHEAD && (state_new(state) || !room(g, s, f.page)))
         return;  // it was a hint
-    if (!room(g, s)) {
+    if (!room(g, s, f.page)) {
         g->count.waited++;
         queue_fault(&g->waiting, f);
         pthread_cond_signal(&g->lpet_wake);
@@ -387,6 +392,11 @@ static void fetched(struct edm_engine *g, struct fetch_slot *fs, const struct ed
     // A page that the DMS had has not become a new one; the answer for another name, before a remap, says nothing.
     bool new_page =
         !fs->version && ref->status == 0 && ref->index == fs->page && !acknowledged_has(g, s->region, fs->page);
+    if (new_page && ranges_has(&s->wanted, fs->page)) {  // it stays missing; who waits there is woken with the rest
+        unfetch(g, e, fs);
+        ranges_add(&s->blank, fs->page, fs->page + 1);
+        return;
+    }
     if (new_page) {
         unfetch(g, e, fs);
         take_new(g, (struct fault){s, fs->page, fs->flags, 0}, false);

@@ -71,14 +71,18 @@ void growth_put_off(struct space *s, struct unregistered *u) {
     uint64_t all = 0, since = 0;
     uint64_t most = may_wait(s, PART, LOCAL_PART), young_most = may_wait(s, YOUNG_PART, YOUNG_LOCAL_PART);
     for (uint32_t i = 0; i < u->n; i++)
-        all += u->v[i].b - u->v[i].a;
+        all += u->v[i].foreign ? 0 : u->v[i].b - u->v[i].a;
     for (uint32_t i = 0; i < u->n && all > most; i++) {
+        if (u->v[i].foreign)
+            continue;
         struct range r = young(s, &u->v[i]);
         since += r.b - r.a;
     }
     bool split = since <= young_most && young_most >= LEAST_SPLIT;
     for (uint32_t i = 0; i < u->n; i++) {
         struct stretch *t = &u->v[i];
+        if (t->foreign)  // tried at each look
+            continue;
         struct range r = {t->a, all <= most ? t->b : t->a};
         if (all > most && split)
             r = young(s, t);

@@ -191,6 +191,15 @@ bool ranges_gap(const struct ranges *r, uint64_t *a, uint64_t b, uint64_t *e) {
     return false;
 }
 
+void ranges_within(const struct ranges *r, uint64_t a, uint64_t b, struct ranges *out) {
+    while (a < b) {
+        uint64_t from = a, e;
+        bool gap = ranges_gap(r, &from, b, &e);
+        ranges_add(out, a, gap ? from : b);
+        a = gap ? e : b;
+    }
+}
+
 void ranges_free(struct ranges *r) {
     free(r->v);
     *r = (struct ranges){0};

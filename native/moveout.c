@@ -33,7 +33,7 @@ void batch_free(struct move_batch *b) {
     free(b);
 }
 
-static bool all_zero(const uint8_t *page) { return page[0] == 0 && memcmp(page, page + 1, PAGE_SIZE_ - 1) == 0; }
+bool page_is_zero(const uint8_t *page) { return page[0] == 0 && memcmp(page, page + 1, PAGE_SIZE_ - 1) == 0; }
 
 // A place in the write-back buffer for each page that must be read. There is room, as the batch was not larger than it;
 // what had come between the pages asked for may go beyond it.
@@ -65,9 +65,9 @@ static void forget_clean(struct edm_engine *g, struct lspt_entry *e) {
 static void stage(struct edm_engine *g, struct leaf *l, int i, uint32_t slot, uint32_t checksum) {
     struct lspt_entry *e = &l->e[i];
     uint8_t stored = e->flags & PF_STORED;
-    if (!stored && !space_asks(l->space) && all_zero(write_slot_data(g, slot))) {
+    if (!stored && !space_asks(l->space) && page_is_zero(write_slot_data(g, slot))) {
         write_slot_put(g, slot);
-        e->state = PS_NEW;
+        e->state = e->flags & PF_AHEAD ? PS_NEW : PS_ZERO;
         e->flags = 0;
         g->count.evicted_zero++;
         return;
@@ -131,7 +131,7 @@ static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_
             w->writers |= bit;
         e->flags &= ~(PF_WAITED | PF_WRITER);
         if (w->moved & bit) {
-            if (e->state != PS_EVICTING && e->state != PS_RESIDENT && e->state != PS_NEW)
+            if (e->state != PS_EVICTING && e->state != PS_RESIDENT && !state_new((enum page_state)e->state))
                 engine_error(g, "page %#lx moved out in state %d", (unsigned long)(l->base + (uint64_t)i),
                              (int)e->state);
             entry_leave(l, e);

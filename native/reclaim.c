@@ -70,13 +70,15 @@ static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ran
         inside &= ~ranges_mask(&l->space->stack_tops, l->base);
     if (inside && l->space->exits.n)
         inside &= ~ranges_mask(&l->space->exits, l->base);
+    if (inside && l->space->wanted.n)
+        inside &= ~ranges_mask(&l->space->wanted, l->base);
     *pass = inside & ~l->resident;
     if (*pass && l->space->removed.n)
         *pass &= ~ranges_mask(&l->space->removed, l->base);
     return mask & inside;
 }
 
-static bool can_move_out(const struct space *s) {
+bool can_move_out(const struct space *s) {
     return s->ready && !s->dead && !s->applying && !s->batch_busy && !s->late && !s->staging_touched && !space_whole(s);
 }
 
@@ -90,7 +92,7 @@ static uint64_t first_bits(uint64_t mask, uint64_t most) {
     return out;
 }
 
-static void choose(struct move_batch *b, struct leaf *l, uint64_t mask, uint64_t pass) {
+void batch_choose(struct move_batch *b, struct leaf *l, uint64_t mask, uint64_t pass) {
     struct move_window *w = &b->w[b->n++];
     *w = (struct move_window){.leaf = l, .base = l->base, .mask = mask, .pass = pass};
     for (uint64_t m = mask; m; m &= m - 1) {
@@ -128,7 +130,7 @@ static bool select_leaf(struct edm_engine *g, struct selection *c, struct leaf *
     if (!leaf_may_leave(g, l))
         return true;
     c->space = l->space;
-    choose(c->batch, l, mask, pass);
+    batch_choose(c->batch, l, mask, pass);
     c->most -= (uint64_t)__builtin_popcountll(mask);
     return true;
 }
@@ -187,8 +189,10 @@ static uint64_t reclaim_once(struct edm_engine *g, uint64_t want) {
     thread_home(g, &g->lpet_cpu);
     settle(g);
     b->n = 0;
-    uint64_t most = at_most(at_most(want, g->batch_pages), g->nslots - g->slots_used);
-    struct space *s = select_batch(g, b, most);
+    uint64_t most = at_most(g->batch_pages, g->nslots - g->slots_used);
+    struct space *s = foreign_select(g, b, most);
+    if (!s && want)
+        s = select_batch(g, b, at_most(want, most));
     return s ? batch_carry_out(g, s, b) : 0;
 }
 
@@ -231,7 +235,7 @@ void *lpet_thread(void *engine) {
             evicting = true;
         if (used <= g->low && !g->waiting.n)
             evicting = false;
-        if (!evicting && !g->page_out) {
+        if (!evicting && !g->page_out && !foreign_waits(g)) {
             lpet_sleep(g, 20000000);
             continue;
         }

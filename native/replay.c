@@ -318,7 +318,7 @@ static void look_at_mappings(struct edm_replay *r, struct space *s) {
     for (uint64_t p = 0; p < r->pages; p++)
         if (r->bits[p] & RP_PRESENT && r->bits[p] & RP_REGISTERED) {
             struct leaf *l = lspt_leaf_make(&s->lspt, s, p);
-            if (l->e[p % LEAF_PAGES].state == PS_NEW)
+            if (state_new((enum page_state)l->e[p % LEAF_PAGES].state))
                 entry_resident(s, l, &l->e[p % LEAF_PAGES], p);
         }
 }

@@ -39,6 +39,7 @@ struct edm_ctl {
     uint32_t forking;                   // the program's threads that need all its pages here: nothing moves meanwhile
     uint32_t hint_next;                 // notes of the program so far; the next goes to hint[hint_next % EDM_HINTS]
     uint32_t merges;                    // KSM may merge pages of the program: see space_merges
+    uint32_t own_uffd;                  // the program has opened a userfaultfd: see space_own_uffd
     uint32_t whole_asked, whole_done;   // by a program that may not come and ask: see whole.c
     uint64_t staging, anchor, self;
     uint64_t tie;  // where the uffd's tie to the address space is mapped; 0: none, or not yet
@@ -71,13 +72,20 @@ enum edm_hello_kind {
     EDM_HELLO_FORK = 2,
     EDM_HELLO_ASK = 3,
     EDM_HELLO_BEFORE_FORK = 4,
-    EDM_HELLO_ROOM = 5
+    EDM_HELLO_ROOM = 5,
+    EDM_HELLO_WANTED = 6
 };
 
 // App → DM-Handler, with the control memfd (and, if NEW, the uffd) attached. Before that, a program that may not make
 // files so large (RLIMIT_FSIZE) asks for the memfd: ROOM, answered with it.
 struct edm_hello {
     uint32_t magic, kind;
+};
+// Behind a hello of kind WANTED: memory for a userfaultfd of the program's own. From the answer until another message,
+// or the end of the connection, EDM leaves it alone: see foreign.c.
+struct edm_wanted {
+    uint64_t at, bytes;
+    uint64_t missing;  // it is to have faults of missing pages
 };
 // DM-Handler → app. First greeting: /dev/userfaultfd attached where the handler could open it, status edm_greeting.
 struct edm_reply {

@@ -73,6 +73,9 @@ void space_unref(struct space *s) {
     ranges_free(&s->waiting);
     ranges_free(&s->stack_tops);
     ranges_free(&s->exits);
+    ranges_free(&s->wanted);
+    ranges_free(&s->foreign);
+    ranges_free(&s->blank);
     ranges_free(&s->random);
     ranges_free(&s->sequential);
     free(s->suspect);
@@ -150,6 +153,7 @@ static bool entry_forget(struct space *s, struct leaf *l, struct lspt_entry *e) 
     bool stored = e->flags & PF_STORED;
     switch ((enum page_state)e->state) {
     case PS_NEW:
+    case PS_ZERO:
         break;
     case PS_RESIDENT:
         entry_leave(l, e);
@@ -311,6 +315,7 @@ static void fork_entry(struct space *child, struct leaf *cl, const struct lspt_e
         break;
     }
     case PS_NEW:
+    case PS_ZERO:
         break;
     case PS_EVICTING:
         engine_error(g, "fork while page %#lx was being evicted", (unsigned long)page);
@@ -329,6 +334,7 @@ struct space *space_fork(struct space *parent) {
     child->state->forked = 1;
     child->asks = parent->asks;
     child->merges = space_merges(parent);
+    child->own_uffd = space_own_uffd(parent);
     child->young = parent->unquiet = true;
     if (parent->adopting)  // not known yet
         ranges_add(&child->at_fork, 0, LSPT_MAX_PAGE);
@@ -344,7 +350,8 @@ struct space *space_fork(struct space *parent) {
         struct leaf *cl = lspt_leaf_make(&child->lspt, child, l->base);
         for (uint64_t i = 0; i < LEAF_PAGES; i++)
             if (l->e[i].state || l->e[i].flags) {
-                child->inherited |= l->e[i].state > PS_RESIDENT || l->e[i].flags & PF_STORED;
+                enum page_state state = (enum page_state)l->e[i].state;
+                child->inherited |= (state != PS_RESIDENT && !state_new(state)) || l->e[i].flags & PF_STORED;
                 fork_entry(child, cl, &l->e[i], l->base + i);
             }
     }

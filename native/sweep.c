@@ -109,7 +109,7 @@ static bool mappings_read(struct space *s, struct mappings *out) {
 static void join_page(struct space *s, uint64_t page) {
     struct leaf *l = lspt_leaf_make(&s->lspt, s, page);
     struct lspt_entry *e = &l->e[page % LEAF_PAGES];
-    if (e->state != PS_NEW)
+    if (!state_new((enum page_state)e->state))
         return;
     uint8_t flags = e->flags;
     entry_arrived(s, l, e, page);
@@ -189,18 +189,14 @@ static bool unprotected(struct space *s, uint64_t a, uint64_t b) {
 static void removed_settle(struct space *s) {
     if (!removed_settled(s))
         return;
-    struct ranges was = s->removed;
+    struct ranges was = s->removed, there = {0};
     s->removed = (struct ranges){0};
     for (uint32_t i = 0; i < was.n; i++)
-        for (uint64_t at = was.v[i].a, end = was.v[i].b; at < end;) {
-            uint64_t a = at, e = end;
-            bool gap = ranges_gap(&s->known, &a, end, &e);
-            uint64_t to = gap ? a : end;
-            if (to > at)
-                join_present(s, at, to);
-            at = gap ? e : end;
-        }
+        ranges_within(&s->known, was.v[i].a, was.v[i].b, &there);
+    for (uint32_t i = 0; i < there.n; i++)
+        join_present(s, there.v[i].a, there.v[i].b);
     ranges_free(&was);
+    ranges_free(&there);
 }
 
 // Of what was registered just now, only what lies inside one mapping on a second look counts as captured: a mapping
@@ -252,23 +248,30 @@ static bool due(struct space *s) {
     return changed || s->sweep_soon || s->engine->user_mode || now - s->swept_ns > FULL_SWEEP_NS;
 }
 
+static void stretch_add(const struct space *s, struct unregistered *u, uint64_t a, uint64_t b, bool heap) {
+    for (uint64_t e; ranges_gap(&s->wanted, &a, b, &e); a = e) {
+        if (u->n == u->cap)
+            u->v = xrealloc(u->v, (u->cap = u->cap ? u->cap * 2 : 64) * sizeof *u->v);
+        u->v[u->n++] = (struct stretch){a, e, heap, ranges_touch(&s->foreign, a, e)};
+    }
+}
+
 // What is not registered yet, a stretch a mapping.
 static struct unregistered unregistered(struct space *s, const struct mappings *now) {
     struct unregistered u = {0};
     uint64_t e;
     for (uint32_t i = 0; i < now->n; i++)
-        for (uint64_t a = now->v[i].a; now->v[i].writable && ranges_gap(&s->known, &a, now->v[i].b, &e); a = e) {
-            if (u.n == u.cap)
-                u.v = xrealloc(u.v, (u.cap = u.cap ? u.cap * 2 : 64) * sizeof *u.v);
-            u.v[u.n++] = (struct stretch){a, e, now->v[i].heap};
-        }
+        for (uint64_t a = now->v[i].a; now->v[i].writable && ranges_gap(&s->known, &a, now->v[i].b, &e); a = e)
+            stretch_add(s, &u, a, e, now->v[i].heap);
     return u;
 }
 
 static void register_fresh(struct space *s, uint64_t a, uint64_t b, struct ranges *fresh) {
-    if (uffd_register(s, a, b))
-        return;
-    ranges_append(fresh, a, b);  // neighbours must be checked one by one
+    int r = uffd_register(s, a, b);
+    if (r == -EBUSY)
+        ranges_add(&s->foreign, a, b);
+    if (!r)
+        ranges_append(fresh, a, b);  // neighbours must be checked one by one
 }
 
 // With a uffd for user mode only, a system call that comes upon an absent page of registered memory fails, be it new or
@@ -328,11 +331,12 @@ bool space_sweep(struct space *s) {
     }
     note_stacks(s, &now);
     struct ranges fresh = {0};
-    if (s->asks && !s->held_seen && (s->engine->no_forks || space_whole(s)))
+    if (s->asks && !s->held_seen && (s->engine->no_forks || space_whole(s) || s->wanted.n))
         register_held(s, &now, &fresh);
     uint64_t before = s->put_off;
     struct unregistered left = unregistered(s, &now);
     growth_put_off(s, &left);
+    foreign_again(s);
     for (uint32_t i = 0; i < left.n; i++)
         if (left.v[i].a < left.v[i].b)
             (s->engine->user_mode ? register_present : register_fresh)(s, left.v[i].a, left.v[i].b, &fresh);

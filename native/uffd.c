@@ -93,6 +93,11 @@ int uffd_register(struct space *s, uint64_t a, uint64_t b) {
     return ioctl(s->uffd, UFFDIO_REGISTER, &r) ? -errno : 0;
 }
 
+int uffd_unregister(struct space *s, uint64_t a, uint64_t b) {
+    struct uffdio_range r = {a << PAGE_SHIFT, (b - a) << PAGE_SHIFT};
+    return ioctl(s->uffd, UFFDIO_UNREGISTER, &r) ? -errno : 0;
+}
+
 int uffd_unprotect(struct space *s, uint64_t a, uint64_t b) {
     if (!s->engine->cfg.track_writes)
         return 0;

@@ -6,37 +6,38 @@
 
 #include "engine.h"
 
-#define ROUND_US 500
 #define ASK_AGAIN_ROUNDS 400  // what became of a fault that was put off is not told: ask again now and then
 #define LOST_ROUNDS 4000      // lost pages never come, and what is lost for the parent is for its child
 
-static uint64_t absent_in_table(struct edm_engine *g, struct space *s, bool ask) {
+static uint64_t absent_in_table(struct edm_engine *g, struct space *s, uint64_t a, uint64_t b, bool zeros, bool ask) {
     uint64_t n = 0;
     struct leaf *l;
-    for (uint64_t at = 0; (l = lspt_next(&s->lspt, at)); at = l->base + LEAF_PAGES)
+    for (uint64_t at = a; (l = lspt_next(&s->lspt, at)) && l->base < b; at = l->base + LEAF_PAGES)
         for (uint64_t i = 0; i < LEAF_PAGES; i++) {
+            uint64_t page = l->base + i;
             enum page_state state = (enum page_state)l->e[i].state;
-            if (state == PS_NEW || state == PS_RESIDENT)
+            if (page < a || page >= b || state == PS_RESIDENT || (zeros ? state == PS_NEW : state_new(state)))
                 continue;
             n++;
-            if (ask && (state == PS_REMOTE || state == PS_STAGED))
-                queue_push(&g->ready, s, l->base + i, 0);
+            if (ask && (state == PS_REMOTE || state == PS_STAGED || state == PS_ZERO))
+                queue_push(&g->ready, s, page, 0);
         }
     return n;
 }
 
 // Of an adopted program only the DMS knows what it has of the pages that are not there.
-static uint64_t absent_and_unknown(struct edm_engine *g, struct space *s, bool ask) {
+static uint64_t absent_and_unknown(struct edm_engine *g, struct space *s, uint64_t a, uint64_t b, bool ask) {
     uint64_t n = 0, map[512];
-    for (uint32_t k = 0; k < s->known.n; k++)
-        for (uint64_t at = s->known.v[k].a; at < s->known.v[k].b;) {
-            uint64_t count = s->known.v[k].b - at < 512 ? s->known.v[k].b - at : 512;
+    for (uint32_t k = 0; k < s->known.n; k++) {
+        uint64_t end = s->known.v[k].b < b ? s->known.v[k].b : b;
+        for (uint64_t at = s->known.v[k].a > a ? s->known.v[k].a : a; at < end;) {
+            uint64_t count = end - at < 512 ? end - at : 512;
             ssize_t r = pread(s->pagemap_fd, map, count * sizeof map[0], (off_t)(at * sizeof map[0]));
             if (r <= 0)
                 return n;  // it has ended
             for (uint64_t i = 0; i < (uint64_t)r / sizeof map[0]; i++) {
                 struct lspt_entry *e = lspt_entry(&s->lspt, at + i);
-                if (map[i] >> 62 || (e && e->state != PS_NEW))
+                if (map[i] >> 62 || (e && !state_new((enum page_state)e->state)) || ranges_has(&s->blank, at + i))
                     continue;
                 n++;
                 if (ask)
@@ -44,48 +45,51 @@ static uint64_t absent_and_unknown(struct edm_engine *g, struct space *s, bool a
             }
             at += (uint64_t)r / sizeof map[0];
         }
+    }
     return n;
 }
 
-// Pages that are not in the program now; `ask`: have them brought. Of an adopted program it is not known before a sweep
-// has found what was registered.
-static uint64_t absent(struct edm_engine *g, struct space *s, bool ask) {
+// Pages of [a, b) that are not in the program now, without those that never were; `zeros`: with those that are zeros;
+// `ask`: have them brought. Of an adopted program it is not known before a sweep has found what was registered.
+static uint64_t absent(struct edm_engine *g, struct space *s, uint64_t a, uint64_t b, bool zeros, bool ask) {
     if (s->applying || (s->asks && s->ctl && (!s->held_seen || (s->ready && s->sweep_soon))))
         return UINT64_MAX;
-    return absent_in_table(g, s, ask) + (s->asks ? absent_and_unknown(g, s, ask) : 0);
+    return absent_in_table(g, s, a, b, zeros, ask) + (s->asks ? absent_and_unknown(g, s, a, b, ask) : 0);
 }
 
-static struct space *space_alive(struct edm_engine *g, int pid) {
+struct space *space_alive(struct edm_engine *g, int pid) {
     for (uint32_t i = 0; i < g->nspaces; i++)
         if (!g->space[i]->dead && g->space[i]->pid == pid)
             return g->space[i];
     return NULL;
 }
 
+bool space_bring(struct edm_engine *g, struct space *s, uint64_t a, uint64_t b, bool zeros, struct bringing *w) {
+    bool ask = !w->asked || ++w->round - w->asked >= ASK_AGAIN_ROUNDS;
+    uint64_t left = absent(g, s, a, b, zeros, ask);
+    if (ask && left != UINT64_MAX)
+        w->asked = ++w->round;
+    w->still = left < w->before ? 0 : w->still + 1;
+    w->before = left;
+    if (!left || (left <= s->lost && w->still > LOST_ROUNDS))
+        return true;
+    pthread_mutex_unlock(&g->mu);
+    if (ask)
+        engine_kick(g);
+    usleep(BRING_ROUND_US);
+    pthread_mutex_lock(&g->mu);
+    return false;
+}
+
 // Waits as long as a fault would. 0, or -ECANCELED when this engine ends: another will be asked.
 int space_make_whole(struct edm_engine *g, int pid) {
+    struct bringing w = {0};
     pthread_mutex_lock(&g->mu);
     struct space *s = space_alive(g, pid);
-    uint64_t before = UINT64_MAX;
-    uint32_t still = 0;
     if (s)
         s->refs++;
-    uint32_t asked = 0;
-    for (uint32_t round = 1; s && !s->dead && !atomic_load(&g->stop); round++) {
-        bool ask = !asked || round - asked >= ASK_AGAIN_ROUNDS;
-        uint64_t left = absent(g, s, ask);
-        if (ask && left != UINT64_MAX)
-            asked = round;
-        still = left < before ? 0 : still + 1;
-        before = left;
-        if (!left || (left <= s->lost && still > LOST_ROUNDS))
-            break;
-        pthread_mutex_unlock(&g->mu);
-        if (ask)
-            engine_kick(g);
-        usleep(ROUND_US);
-        pthread_mutex_lock(&g->mu);
-    }
+    while (s && !s->dead && !atomic_load(&g->stop) && !space_bring(g, s, 0, LSPT_MAX_PAGE, false, &w))
+        continue;
     int result = atomic_load(&g->stop) ? -ECANCELED : 0;
     if (s)
         space_unref(s);

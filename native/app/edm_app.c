@@ -21,9 +21,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -32,8 +30,10 @@
 #include "calls.h"
 #include "hints.h"
 #include "own.h"
+#include "own_uffd.h"
 #include "remap.h"
 #include "stacks.h"
+#include "talk.h"
 #include "tie.h"
 
 #define PAGE 4096ul
@@ -50,7 +50,6 @@ static bool captured, no_forks, free_to_call;
 static struct edm_ctl *control;  // while captured
 static pid_t (*real_fork)(void);
 static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
-static char sock_path[sizeof(((struct sockaddr_un *)0)->sun_path)];
 
 #define LOOK_TRIES 65536  // of a lock that is held for a few microseconds
 
@@ -291,72 +290,6 @@ bool own_process(void) { return anchor_page && *(volatile char *)anchor_page; }
 
 // ---- the hand-over --------------------------------------------------------------------------------------------
 
-static long send_message(int s, const void *data, size_t n, const int *fds, int nfds) {
-    union {
-        struct cmsghdr align;
-        char room[CMSG_SPACE(2 * sizeof(int))];
-    } u;
-    memset(&u, 0, sizeof u);
-    struct iovec v = {(void *)(uintptr_t)data, n};
-    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
-    if (nfds) {
-        m.msg_control = u.room;
-        m.msg_controllen = CMSG_SPACE((size_t)nfds * sizeof(int));
-        struct cmsghdr *h = CMSG_FIRSTHDR(&m);
-        h->cmsg_level = SOL_SOCKET;
-        h->cmsg_type = SCM_RIGHTS;
-        h->cmsg_len = CMSG_LEN((size_t)nfds * sizeof(int));
-        memcpy(CMSG_DATA(h), fds, (size_t)nfds * sizeof(int));
-    }
-    return CALL(SYS_sendmsg, s, &m, MSG_NOSIGNAL);
-}
-
-// One reply, with at most one descriptor; false when the handler hung up.
-static bool receive_reply(int s, struct edm_reply *r, int *fd) {
-    union {
-        struct cmsghdr align;
-        char room[CMSG_SPACE(sizeof(int))];
-    } u;
-    struct iovec v = {r, sizeof *r};
-    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = u.room, .msg_controllen = sizeof u.room};
-    long n;
-    do
-        n = CALL(SYS_recvmsg, s, &m, MSG_CMSG_CLOEXEC);
-    while (n == -EINTR);
-    *fd = -1;
-    if (n != sizeof *r || r->magic != EDM_CTL_MAGIC)
-        return false;
-    struct cmsghdr *h = CMSG_FIRSTHDR(&m);
-    if (h && h->cmsg_type == SCM_RIGHTS)
-        memcpy(fd, CMSG_DATA(h), sizeof *fd);
-    return true;
-}
-
-static void close_fd(int fd) {
-    if (fd >= 0)
-        CALL(SYS_close, fd, 0, 0);
-}
-
-// High numbers, out of the way of programs that count on the next free descriptor while this is under way.
-static int high_fd(int fd) {
-    long high = fd >= 0 ? CALL(SYS_fcntl, fd, F_DUPFD_CLOEXEC, 700) : -1;
-    if (high < 0)
-        return fd;
-    close_fd(fd);
-    return (int)high;
-}
-
-static int connect_handler(void) {
-    int s = high_fd((int)CALL(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-    struct sockaddr_un a = {.sun_family = AF_UNIX};
-    memcpy(a.sun_path, sock_path, sizeof sock_path);
-    if (s >= 0 && CALL(SYS_connect, s, &a, sizeof a) < 0) {
-        close_fd(s);
-        s = -1;
-    }
-    return s;
-}
-
 static void *map(size_t bytes, int prot, int flags, int fd) {
     long p = CALL6(SYS_mmap, 0, bytes, prot, flags, fd, 0);
     return p < 0 && p > -4096 ? NULL : (void *)p;
@@ -425,6 +358,7 @@ static struct edm_ctl *make_ctl(int memfd, uint64_t anchor) {
     c->self = (uint64_t)c;
     keep_library_list(c);
     hints_begin(c);
+    own_uffd_begin(c);
     return c;
 }
 
@@ -494,6 +428,7 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     captured = true;
     hints_to(c);
     stacks_to(c);
+    own_uffd_to(c);
     remap_begin();
     *(volatile char *)c->anchor = 1;
     c = NULL;  // it stays, for the sidecar
@@ -515,17 +450,6 @@ static int hand_over(enum edm_hello_kind kind, uint64_t anchor) {
 }
 
 // ---- forks ----------------------------------------------------------------------------------------------------
-
-static bool ask_whole(void) {
-    int s = connect_handler(), fd = -1;
-    struct edm_reply r;
-    struct edm_hello hello = {.magic = EDM_CTL_MAGIC, .kind = EDM_HELLO_BEFORE_FORK};
-    bool done = s >= 0 && receive_reply(s, &r, &fd) && send_message(s, &hello, sizeof hello, NULL, 0) > 0;
-    close_fd(fd);
-    done = done && receive_reply(s, &r, &fd);
-    close_fd(s);
-    return done;
-}
 
 static bool forks_untold(void) { return captured && no_forks && own_process(); }
 
@@ -551,10 +475,12 @@ static void before_fork(void) {
         ask_whole_silently();
         return;
     }
-    while (!ask_whole()) {
+    int asked;
+    while ((asked = ask_handler(EDM_HELLO_BEFORE_FORK, NULL, 0)) < 0) {
         struct timespec t = {0, 10000000};
         CALL(SYS_nanosleep, &t, 0, 0);
     }
+    close_fd(asked);
 }
 
 static void after_fork_in_parent(void) {
@@ -593,10 +519,10 @@ __attribute__((constructor)) static void edm_app_start(void) {
     void *found = dlsym(RTLD_NEXT, "_Fork");
     memcpy(&real_fork, &found, sizeof real_fork);
     const char *path = getenv(EDM_SOCK_ENV);
-    if (!path || strlen(path) >= sizeof sock_path)
+    if (!path || !talk_to(path))
         return;
-    strcpy(sock_path, path);
     CALL6(SYS_prctl, PR_SET_THP_DISABLE, 1, 0, 0, 0, 0);
+    own_uffd_find();
     free_to_call = !filtered();
     if (hand_over(EDM_HELLO_NEW, 0) == 0)
         pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);

@@ -47,7 +47,7 @@ static bool connected(int32_t pid) {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
     memcpy(a.sun_path, c.sock, sizeof a.sun_path);
     struct edm_reply greeting;
-    struct edm_hello hello = {EDM_CTL_MAGIC, EDM_HELLO_ASK};
+    struct edm_hello hello = {.magic = EDM_CTL_MAGIC, .kind = EDM_HELLO_ASK};
     struct timeval patience = {1, 0};
     line = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     if (line < 0 || setsockopt(line, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) ||

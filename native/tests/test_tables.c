@@ -33,6 +33,11 @@ static void gaps_agree(const struct ranges *r, const bool *model) {
     }
     for (; next < b; next++)
         CHECK(model[next]);
+    struct ranges in = {0};
+    ranges_within(r, a, b, &in);
+    for (uint64_t p = 0; p < SPAN; p++)
+        CHECK(ranges_has(&in, p) == (p >= a && p < b && model[p]));
+    ranges_free(&in);
 }
 
 static void ranges_match_a_bitmap(void) {

@@ -13,7 +13,8 @@ from edm.faultpoints import VARIABLE, points
 POINTS = {point.name: point for point in points()}
 ADOPTING = [name for name in POINTS if name.startswith("adopt_")]
 SERVING = [name for name in POINTS if name.startswith(("pages_", "change_"))]
-LIVING = [name for name in POINTS if name not in ADOPTING and name not in SERVING]
+GIVING = [name for name in POINTS if name.startswith("give_")]
+LIVING = [name for name in POINTS if name not in (*ADOPTING, *SERVING, *GIVING)]
 TIMES = {
     "new_page": 200,
     "new_page_filled": 250,
@@ -132,4 +133,4 @@ def run_with_death(
     return Death(reached or not flag.exists(), process.returncode, out, err.decode(errors="replace"))
 
 
-__all__ = ["ADOPTING", "LIVING", "POINTS", "SERVING", "Death", "run_with_death"]
+__all__ = ["ADOPTING", "GIVING", "LIVING", "POINTS", "SERVING", "Death", "run_with_death"]

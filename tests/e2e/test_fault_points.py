@@ -11,7 +11,7 @@ import subprocess
 from collections import Counter
 
 import pytest
-from killing import ADOPTING, LIVING, OPS, POINTS, SERVING, run_with_death
+from killing import ADOPTING, GIVING, LIVING, OPS, POINTS, SERVING, run_with_death
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
@@ -41,6 +41,17 @@ def test_the_dm_handler_dies(edm, program, plain, point):
     assert death.reached, f"never came to {point}"
     check(death, plain)
     assert "is there again" in death.err or point in {"retire_begun", "retire_closed", "retire_told"}
+    assert edm.left_behind() == ({}, [])
+
+
+@pytest.mark.parametrize("point", GIVING)
+def test_the_dm_handler_dies_while_a_userfaultfd_of_the_programs_own_gets_memory(edm, program, point):
+    steps = ("missing", "write_protected", "taken_in_turns", "written_meanwhile")
+    expected = subprocess.run([program("own_uffd"), *steps], capture_output=True, check=True, timeout=60).stdout
+    death = run_with_death(edm, program("own_uffd"), point, arguments=steps, times=1)
+    assert death.reached, f"never came to {point}"
+    check(death, expected)
+    assert "is there again" in death.err
     assert edm.left_behind() == ({}, [])
 
 

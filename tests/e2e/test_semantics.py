@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
 SUITES = {
-    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare", "remaps"), "1M"),
+    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare", "remaps", "own_uffd"), "1M"),
     "uring": "2M",
 }
 """Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""
@@ -61,7 +61,8 @@ def check(edm, program, name, report, *, budget, transport="inproc", store="memo
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_step_is_as_without_edm(edm, program, tmp_path, name):
-    check(edm, program, name, tmp_path / "r.json", budget=SUITES[name])
+    counters = check(edm, program, name, tmp_path / "r.json", budget=SUITES[name])
+    assert (counters["given"] > 0) == (name == "own_uffd")
     assert edm.left_behind() == ({}, [])
 
 

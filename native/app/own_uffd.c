@@ -1,0 +1,150 @@
+// ioctl as the program calls it. One userfaultfd can have a page, and EDM's may have it already: then the DM-Handler is
+// asked for it (foreign.c), and keeps off until the call has been made. The kernel decides, as ever.
+#include "own_uffd.h"
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
+
+#include "../uffd_abi.h"
+#include "calls.h"
+#include "own.h"
+#include "talk.h"
+
+#define TRIES 20        // while it is not given, which may be since it is not EDM's
+#define LOST_TRIES 500  // … and while there is no DM-Handler
+#define EXPORTED __attribute__((visibility("default")))
+
+typedef int control_call(int, unsigned long, ...);
+
+static struct edm_ctl *control;
+static control_call *real;
+static bool opened;  // a userfaultfd, by this program or one that it was forked from
+
+void own_uffd_find(void) {
+    void *found = dlsym(RTLD_NEXT, "ioctl");
+    memcpy(&real, &found, sizeof real);
+}
+
+void own_uffd_begin(struct edm_ctl *c) { c->own_uffd = opened; }
+
+void own_uffd_to(struct edm_ctl *c) { __atomic_store_n(&control, c, __ATOMIC_RELEASE); }
+
+static int call(int fd, unsigned long request, void *argument) {
+    if (real)
+        return real(fd, request, argument);
+    long r = CALL(SYS_ioctl, fd, request, argument);
+    if (r < 0)
+        errno = (int)-r;
+    return r < 0 ? -1 : (int)r;
+}
+
+static void pause_ms(long ms) {
+    struct timespec t = {0, ms * 1000000};
+    CALL(SYS_nanosleep, &t, 0, 0);
+}
+
+// From then on pages that it has not touched are left so: a userfaultfd may have to tell of them.
+static void note_opened(void) {
+    struct edm_ctl *c = __atomic_load_n(&control, __ATOMIC_ACQUIRE);
+    opened = true;
+    if (c && own_process())
+        __atomic_store_n(&c->own_uffd, 1, __ATOMIC_SEQ_CST);
+}
+
+static bool may_ask(void) { return __atomic_load_n(&control, __ATOMIC_ACQUIRE) && own_process() && !restricted(); }
+
+// A connection, which is to be closed behind the call; -1: there is nobody to ask.
+static int ask(const struct uffdio_range *range, bool missing) {
+    struct edm_wanted what = {range->start, range->len, missing};
+    for (int i = 0; i < LOST_TRIES; i++) {
+        int connection = ask_handler(EDM_HELLO_WANTED, &what, sizeof what);
+        if (connection >= 0)
+            return connection;
+        pause_ms(10);
+    }
+    return -1;
+}
+
+// The call again, or for the first time, with nothing of EDM's in the range.
+static int call_alone(int fd, unsigned long request, void *argument, const struct uffdio_range *range, bool missing) {
+    struct edm_hello over = {.magic = EDM_CTL_MAGIC, .kind = EDM_HELLO_WANTED};
+    int connection = ask(range, missing), result = call(fd, request, argument), error = errno;
+    if (connection >= 0) {
+        send_message(connection, &over, sizeof over, NULL, 0);  // a child that was forked meanwhile has a copy of it
+        close_fd(connection);
+    }
+    errno = error;
+    return result;
+}
+
+static int register_memory(int fd, struct uffdio_register *r) {
+    int before = errno, result = call(fd, UFFDIO_REGISTER, r);
+    for (int i = 0; i < TRIES && result == -1 && errno == EBUSY && may_ask(); i++) {
+        if (i)
+            pause_ms(2);
+        errno = before;
+        result = call_alone(fd, UFFDIO_REGISTER, r, &r->range, r->mode & UFFDIO_REGISTER_MODE_MISSING);
+    }
+    return result;
+}
+
+// As the kernel would read it: where it is not what the call takes, the kernel is to say so.
+static bool read_argument(const void *argument, void *into, size_t bytes) {
+    struct iovec to = {into, bytes}, from = {(void *)(uintptr_t)argument, bytes};
+    return CALL6(SYS_process_vm_readv, CALL(SYS_getpid, 0, 0, 0), &to, 1, &from, 1, 0) == (long)bytes;
+}
+
+// Before Linux 6.17 it takes away what EDM's has in the range as well, and since then it fails for that. Source:
+// mm/userfaultfd.c, userfaultfd_unregister.
+static int unregister_memory(int fd, void *argument) {
+    struct uffdio_range r;
+    if (!may_ask() || !read_argument(argument, &r, sizeof r))
+        return call(fd, UFFDIO_UNREGISTER, argument);
+    return call_alone(fd, UFFDIO_UNREGISTER, argument, &r, false);
+}
+
+// What is to be moved may be away: a hole, which is passed over or ends the call.
+static int move_memory(int fd, void *argument) {
+    struct uffdio_move m;
+    if (!may_ask() || !read_argument(argument, &m, sizeof m))
+        return call(fd, UFFDIO_MOVE, argument);
+    struct uffdio_range from = {m.src, m.len};
+    int before = errno;
+    if (m.mode & UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES)
+        return call_alone(fd, UFFDIO_MOVE, argument, &from, true);
+    int result = call(fd, UFFDIO_MOVE, argument);
+    if (result == -1 && errno == ENOENT) {
+        errno = before;
+        result = call_alone(fd, UFFDIO_MOVE, argument, &from, true);
+    }
+    return result;
+}
+
+EXPORTED int ioctl(int fd, unsigned long request, ...) {
+    va_list more;
+    va_start(more, request);
+    void *argument = va_arg(more, void *);
+    va_end(more);
+    switch (request) {
+    case UFFDIO_REGISTER:
+        return register_memory(fd, argument);
+    case UFFDIO_UNREGISTER:
+        return unregister_memory(fd, argument);
+    case UFFDIO_MOVE:
+        return move_memory(fd, argument);
+    case UFFDIO_API:
+        note_opened();
+        return call(fd, request, argument);
+    default:
+        return call(fd, request, argument);
+    }
+}

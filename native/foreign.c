@@ -56,6 +56,9 @@ struct space *foreign_select(struct edm_engine *g, struct move_batch *b, uint64_
         struct space *s = g->space[i];
         if (!s->untouched.b || !can_move_out(s))
             continue;
+        struct ranges held = {0};  // for now: what is told for good is in s->exits
+        exits_look(s, &held);
+        ranges_free(&held);
         struct leaf *l;
         for (uint64_t at = s->untouched.a;
              b->n < EDM_WINDOWS && most && (l = lspt_next(&s->lspt, at)) && l->base < s->untouched.b;
@@ -85,7 +88,7 @@ void foreign_again(struct space *s) {
 // No event is unread, and nothing is on its way out.
 static bool quiet(struct edm_engine *g, struct space *s) {
     order_settle(g, s);
-    return !s->applying && !s->batch_busy && !s->late && !s->unquiet && !s->ops->changing(s);
+    return sidecar_idle(s) && !s->applying && !s->batch_busy && !s->late && !s->unquiet && !s->ops->changing(s);
 }
 
 // All of [a, b) is in the program. What the DMS has of it is dropped first: were it not, and this process killed in

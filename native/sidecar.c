@@ -74,6 +74,10 @@ static void post(struct space *s, uint32_t op) {
     syscall(SYS_futex, &s->ctl->req, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
+bool sidecar_idle(const struct space *s) {
+    return !s->ctl || __atomic_load_n(&s->ctl->done, __ATOMIC_ACQUIRE) == s->request || pidfd_dead(s->sidecar_fd);
+}
+
 // False when the sidecar has died: whatever it had moved by then is in staging. A move that takes seconds has gone
 // wrong, and the sidecar is ended; a drop may take as long as the fault workers are busy.
 static bool answered(struct space *s, bool moving) {

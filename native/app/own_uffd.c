@@ -86,15 +86,25 @@ static int call_alone(int fd, unsigned long request, void *argument, const struc
     return result;
 }
 
-static int register_memory(int fd, struct uffdio_register *r) {
-    int before = errno, result = call(fd, UFFDIO_REGISTER, r);
-    for (int i = 0; i < TRIES && result == -1 && errno == EBUSY && may_ask(); i++) {
+// … as often as it is refused with `error`, which EDM may be the reason of.
+static int call_until(int error, int fd, unsigned long request, void *argument, const struct uffdio_range *range,
+                      bool missing) {
+    int before = errno, result = -1;
+    for (int i = 0; i < TRIES && result == -1 && (!i || errno == error); i++) {
         if (i)
             pause_ms(2);
         errno = before;
-        result = call_alone(fd, UFFDIO_REGISTER, r, &r->range, r->mode & UFFDIO_REGISTER_MODE_MISSING);
+        result = call_alone(fd, request, argument, range, missing);
     }
     return result;
+}
+
+static int register_memory(int fd, struct uffdio_register *r) {
+    int before = errno, result = call(fd, UFFDIO_REGISTER, r);
+    if (result != -1 || errno != EBUSY || !may_ask())
+        return result;
+    errno = before;
+    return call_until(EBUSY, fd, UFFDIO_REGISTER, r, &r->range, r->mode & UFFDIO_REGISTER_MODE_MISSING);
 }
 
 // As the kernel would read it: where it is not what the call takes, the kernel is to say so.
@@ -109,7 +119,7 @@ static int unregister_memory(int fd, void *argument) {
     struct uffdio_range r;
     if (!may_ask() || !read_argument(argument, &r, sizeof r))
         return call(fd, UFFDIO_UNREGISTER, argument);
-    return call_alone(fd, UFFDIO_UNREGISTER, argument, &r, false);
+    return call_until(EINVAL, fd, UFFDIO_UNREGISTER, argument, &r, false);
 }
 
 // What is to be moved may be away: a hole, which is passed over or ends the call.

@@ -209,6 +209,8 @@ struct space {
     bool suspects_taken;
     struct ranges stack_tops;  // of thread stacks: never evicted, see sweep.c
     struct ranges exits;       // nor these, see exits.c
+    struct ranges given;       // … pipes.c
+    uint32_t given_seen;
     // For userfaultfds of the program's own, see foreign.c
     struct ranges wanted;    // asked for: nothing leaves from there, nor is it registered, until that is settled
     struct ranges foreign;   // another has it, or may have: no fault there is ours
@@ -571,6 +573,9 @@ void exits_look(struct space *s, struct ranges *out);
 // What is not there is an error, not a fault: a fault would wait for us.
 bool space_peek(const struct space *s, uint64_t at, void *into, size_t bytes);
 void exits_forget(struct space *s, uint64_t a, uint64_t b);
+
+// ---- pipes.c: what the program has given to pipes
+void pipes_look(struct space *s);
 
 // ---- hints.c: madvise(2) of the programs
 uint32_t hints_given(const struct space *s);

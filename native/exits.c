@@ -74,6 +74,7 @@ void exits_look(struct space *s, struct ranges *out) {
     char path[32];
     snprintf(path, sizeof path, "/proc/%d/task", s->pid);
     told(s);
+    pipes_look(s);
     DIR *d = opendir(path);
     if (!d)
         return;

@@ -70,6 +70,8 @@ static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ran
         inside &= ~ranges_mask(&l->space->stack_tops, l->base);
     if (inside && l->space->exits.n)
         inside &= ~ranges_mask(&l->space->exits, l->base);
+    if (inside && l->space->given.n)
+        inside &= ~ranges_mask(&l->space->given, l->base);
     if (inside && l->space->wanted.n)
         inside &= ~ranges_mask(&l->space->wanted, l->base);
     *pass = inside & ~l->resident;

@@ -75,7 +75,8 @@ static void post(struct space *s, uint32_t op) {
 }
 
 bool sidecar_idle(const struct space *s) {
-    return !s->ctl || __atomic_load_n(&s->ctl->done, __ATOMIC_ACQUIRE) == s->request || pidfd_dead(s->sidecar_fd);
+    return !s->ctl || s->sidecar_fd < 0 || __atomic_load_n(&s->ctl->done, __ATOMIC_ACQUIRE) == s->request ||
+           pidfd_dead(s->sidecar_fd);
 }
 
 // False when the sidecar has died: whatever it had moved by then is in staging. A move that takes seconds has gone

@@ -15,6 +15,7 @@
 #define EDM_SOCK_BYTES 108
 #define EDM_KEEP 32
 #define EDM_STACKS 256 /* of threads made lately */
+#define EDM_GIVEN 256  /* buffers given to pipes last */
 
 #define EDM_STACK_NOTE(page, number) ((page) | (((number) / EDM_STACKS + 1) & 0xfff))
 
@@ -65,6 +66,10 @@ struct edm_ctl {
     uint32_t stacks_told;        // counts those that had to be told before their thread was made
     uint32_t batch_stacks_told;  // … before the batch was chosen
     uint64_t stack[EDM_STACKS];
+    // Buffers that the program has given to pipes (vmsplice); the next goes to given[given_next % EDM_GIVEN].
+    uint32_t given_next;
+    uint32_t given_kept;  // so many of the last of them stay, when the engine looked last
+    struct edm_hint given[EDM_GIVEN];
 };
 
 enum edm_hello_kind {

@@ -73,6 +73,7 @@ void space_unref(struct space *s) {
     ranges_free(&s->waiting);
     ranges_free(&s->stack_tops);
     ranges_free(&s->exits);
+    ranges_free(&s->given);
     ranges_free(&s->wanted);
     ranges_free(&s->foreign);
     ranges_free(&s->blank);

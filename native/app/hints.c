@@ -62,17 +62,20 @@ static bool of_use(int advice) {
     }
 }
 
+void hint_write(struct edm_hint *ring, uint32_t size, uint32_t *next, struct edm_hint what) {
+    uint32_t at = __atomic_fetch_add(next, 1, __ATOMIC_ACQ_REL);
+    struct edm_hint *h = &ring[at % size];
+    __atomic_store_n(&h->number, 0, __ATOMIC_RELEASE);
+    h->address = what.address;
+    h->bytes = what.bytes;
+    h->advice = what.advice;
+    __atomic_store_n(&h->number, at + 1, __ATOMIC_RELEASE);
+}
+
 static void note(uint64_t address, size_t bytes, int advice) {
     struct edm_ctl *c = __atomic_load_n(&control, __ATOMIC_ACQUIRE);
-    if (!c || !bytes || !own_process())
-        return;
-    uint32_t at = __atomic_fetch_add(&c->hint_next, 1, __ATOMIC_ACQ_REL);
-    struct edm_hint *h = &c->hint[at % EDM_HINTS];
-    __atomic_store_n(&h->number, 0, __ATOMIC_RELEASE);
-    h->address = address;
-    h->bytes = bytes;
-    h->advice = advice;
-    __atomic_store_n(&h->number, at + 1, __ATOMIC_RELEASE);
+    if (c && bytes && own_process())
+        hint_write(c->hint, EDM_HINTS, &c->hint_next, (struct edm_hint){address, bytes, advice, 0});
 }
 
 // What a guard page had is given up with it, but the kernel tells nobody of that: it is dropped before, so that what

@@ -2,7 +2,8 @@
 // kernel writes when the thread exits, and waits for no page then: the DM-Handler is told which pages those are. It
 // looks for itself too, but a thread may come and go between two looks. A stack of the program's own, in memory that
 // may be on its way out, is told before the thread is made. So is a robust mutex before it is initialized: the kernel
-// writes to one when a thread exits that holds it.
+// writes to one when a thread exits that holds it. And a buffer before it is given to a pipe, which has a reference to
+// its pages from then on: what is written to them later is to be read from the pipe.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -14,18 +15,22 @@
 #include <stdbool.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 
 #include "calls.h"
+#include "hints.h"
 #include "own.h"
 
 #define PAGE 4096ul
 #define TOP (2 * PAGE)
+#define MOST_PIECES 1024   // the kernel's IOV_MAX
 #define WAIT_TURNS 100000  // of a move that takes microseconds: its sidecar may have died
 
 #define EXPORTED __attribute__((visibility("default")))
 
 typedef int create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
 typedef int initialize(pthread_mutex_t *, const pthread_mutexattr_t *);
+typedef ssize_t give(int, const struct iovec *, size_t, unsigned);
 
 static struct edm_ctl *control;
 
@@ -93,4 +98,35 @@ EXPORTED int pthread_mutex_init(pthread_mutex_t *mutex, const pthread_mutexattr_
         wait_for_move(c);
     }
     return real(mutex, attr);
+}
+
+// Whether it was told lately, and will not be forgotten soon: buffers are given again and again.
+static bool given_lately(const struct edm_ctl *c, const struct iovec *piece) {
+    uint32_t next = __atomic_load_n(&c->given_next, __ATOMIC_ACQUIRE);
+    uint32_t kept = __atomic_load_n(&c->given_kept, __ATOMIC_ACQUIRE);
+    for (uint32_t i = 1; i <= kept / 2 && i <= next; i++) {
+        const struct edm_hint *h = &c->given[(next - i) % EDM_GIVEN];
+        if (__atomic_load_n(&h->number, __ATOMIC_ACQUIRE) == next - i + 1 && h->address == (uint64_t)piece->iov_base &&
+            h->bytes == piece->iov_len)
+            return true;
+    }
+    return false;
+}
+
+EXPORTED ssize_t vmsplice(int fd, const struct iovec *piece, size_t count, unsigned flags) {
+    static give *real;
+    if (!real && !next_of(&real, "vmsplice"))
+        return errno = ENOSYS, -1;
+    struct edm_ctl *c = piece && count <= MOST_PIECES ? mine() : NULL;
+    bool told = false;
+    for (size_t i = 0; c && i < count; i++) {
+        if (!piece[i].iov_len || given_lately(c, &piece[i]))
+            continue;
+        hint_write(c->given, EDM_GIVEN, &c->given_next,
+                   (struct edm_hint){(uint64_t)piece[i].iov_base, piece[i].iov_len, 0, 0});
+        told = true;
+    }
+    if (told)
+        wait_for_move(c);
+    return real(fd, piece, count, flags);
 }

@@ -134,6 +134,60 @@ static void sockets(void) {
     close(s[1]);
 }
 
+#define PIPES 4
+#define PIPE_PAGES 4ul
+
+static void from_pipe(int fd, uint64_t *into, uint64_t bytes) {
+    for (uint64_t got = 0; got < bytes;) {
+        ssize_t n = read(fd, (char *)into + got, bytes - got);
+        MUST(n > 0);
+        got += (uint64_t)n;
+    }
+}
+
+// Written to after they were given to a pipe, and before they are read there: what comes out is what was written last.
+// The same pages again and again, and others in between.
+static void written_in_a_pipe(void) {
+    static uint64_t out[PIPE_PAGES * 512];
+    char *mine = area(PIPES * PIPE_PAGES), *other = area(1024);
+    int p[PIPES][2], q[2];
+    MUST(!pipe(q));
+    for (int i = 0; i < PIPES; i++)
+        MUST(!pipe(p[i]));
+    for (uint64_t seed = 1; seed < 7; seed += 2) {
+        fill(mine, 0, PIPES * PIPE_PAGES, seed);
+        push_out();
+        for (uint64_t i = 0; i < PIPES; i++) {
+            struct iovec v[2] = {{mine + i * PIPE_PAGES * PAGE, PAGE + 8}, {NULL, PIPE_PAGES * PAGE - PAGE - 8}};
+            v[1].iov_base = (char *)v[0].iov_base + v[0].iov_len;
+            MUST(vmsplice(p[i][1], v, 2, 0) == (ssize_t)(PIPE_PAGES * PAGE));
+        }
+        for (uint64_t i = 0; i < 30; i++) {
+            struct iovec v = {other + (seed * 30 + i) % 1024 * PAGE, PAGE};
+            MUST(vmsplice(q[1], &v, 1, 0) == (ssize_t)PAGE);
+            from_pipe(q[0], out, PAGE);
+        }
+        leave();
+        fill(mine, 0, PIPES * PIPE_PAGES, seed + 1);
+        leave();
+        for (uint64_t i = 0; i < PIPES; i++) {
+            from_pipe(p[i][0], out, PIPE_PAGES * PAGE);
+            for (uint64_t k = 0; k < PIPE_PAGES * 512; k++)
+                if (out[k] != word_at(seed + 1, i * PIPE_PAGES * 512 + k))
+                    WRONG("word %lu out of pipe %lu is not what was written last", (unsigned long)k, (unsigned long)i);
+        }
+        look(mine, 0, PIPES * PIPE_PAGES, seed + 1, "given to the pipes");
+    }
+    for (int i = 0; i < PIPES; i++) {
+        close(p[i][0]);
+        close(p[i][1]);
+    }
+    close(q[0]);
+    close(q[1]);
+    munmap(mine, PIPES * PIPE_PAGES * PAGE);
+    munmap(other, 1024 * PAGE);
+}
+
 // Pages given to a pipe by reference: what comes out is what was in them.
 static void vmsplice_pipe(void) {
     int p[2];
@@ -302,6 +356,7 @@ int main(int argc, char **argv) {
         {"direct", direct},
         {"sockets", sockets},
         {"vmsplice_pipe", vmsplice_pipe},
+        {"written_in_a_pipe", written_in_a_pipe},
         {"futexes", futexes},
         {"conditions", conditions},
         {"other_process", other_process},

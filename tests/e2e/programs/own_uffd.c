@@ -6,6 +6,7 @@
 #include <sys/ioctl.h>
 
 #include "../../../native/uffd_abi.h"
+#include "captured.h"
 
 #define PAGES 128ul
 #define MISSING UFFDIO_REGISTER_MODE_MISSING
@@ -116,6 +117,7 @@ static void missing(void) {
     struct server s = {.fd = open_uffd(0), .seed = 2};
     char *p = area(PAGES);
     fill(p, 0, PAGES / 2, 1);
+    wait_until_captured(p);
     leave();
     s.area = p;
     serve_start(&s);
@@ -290,6 +292,8 @@ static void taken_in_turns(void) {
         look(p, 0, PAGES, seed, "theirs");
         take_out(one, p, PAGES / 2);
         take_out(other, p + PAGES / 2 * PAGE, PAGES / 2);
+        wait_until_captured(p);
+        wait_until_captured(p + (PAGES - 1) * PAGE);
         leave();
         look(p, 0, PAGES, seed, "nobody's");
         fill(p, 0, PAGES, seed + 1);
@@ -298,6 +302,7 @@ static void taken_in_turns(void) {
     }
     add(one, p, PAGES, MISSING);
     close(one);
+    wait_until_captured(p);
     leave();
     look(p, 0, PAGES, 5, "closed");
     close(other);

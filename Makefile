@@ -57,7 +57,8 @@ ctest-plain ctest-address ctest-thread: ctest-%: setup
 	@$(CTEST) --test-dir build/ctest-$* --output-on-failure --no-tests=error
 
 # Real programs and tools of the end-to-end tests: command:package. Without them their tests skip, and say so.
-PROGRAMS := sqlite3:sqlite3 redis-server:redis-server stress-ng:stress-ng node:nodejs gdb:gdb strace:strace perf:linux-perf
+PROGRAMS := sqlite3:sqlite3 redis-server:redis-server stress-ng:stress-ng node:nodejs gdb:gdb strace:strace perf:linux-perf \
+  valgrind:valgrind
 
 programs:
 	@packages=; for one in $(PROGRAMS); do \

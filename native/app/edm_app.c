@@ -35,6 +35,7 @@
 #include "stacks.h"
 #include "talk.h"
 #include "tie.h"
+#include "tools.h"
 
 #define PAGE 4096ul
 #define SIDECAR_STACK (16 * 1024)
@@ -49,6 +50,9 @@
 static bool captured, no_forks, free_to_call;
 static struct edm_ctl *control;  // while captured
 static pid_t (*real_fork)(void);
+// clone(2) by its other name. The thread sanitizer puts a function of its own in the place of the first, which takes the
+// sidecar for a child, in which it begins anew: with the memory of the program.
+extern int __clone(int (*run)(void *), void *stack, int flags, void *argument, ...);
 static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
 
 #define LOOK_TRIES 65536  // of a lock that is held for a few microseconds
@@ -268,7 +272,7 @@ static int sidecar(void *arg) {
 // children would wait for it.
 static int sidecar_parent(void *arg) {
     struct edm_ctl *c = arg;
-    long pid = clone(sidecar, (char *)c + EDM_CTL_BYTES - MID_STACK, CLONE_VM | CLONE_UNTRACED, c);
+    long pid = __clone(sidecar, (char *)c + EDM_CTL_BYTES - MID_STACK, CLONE_VM | CLONE_UNTRACED, c);
     __atomic_store_n(&c->sidecar_pid, (int32_t)pid, __ATOMIC_RELEASE);
     CALL(SYS_exit, 0, 0, 0);
     return 0;
@@ -278,7 +282,7 @@ static bool sidecar_start(struct edm_ctl *c) {
     uint64_t all = ~0ull, old = 0;
     CALL6(SYS_rt_sigprocmask, SIG_SETMASK, &all, &old, 8, 0, 0);
     c->app_pid = (int32_t)CALL(SYS_getpid, 0, 0, 0);
-    int pid = clone(sidecar_parent, (char *)c + EDM_CTL_BYTES - 64, CLONE_VM | CLONE_VFORK | CLONE_UNTRACED, c);
+    int pid = __clone(sidecar_parent, (char *)c + EDM_CTL_BYTES - 64, CLONE_VM | CLONE_VFORK | CLONE_UNTRACED, c);
     if (pid > 0)
         CALL6(SYS_wait4, pid, 0, __WALL, 0, 0, 0);
     CALL6(SYS_rt_sigprocmask, SIG_SETMASK, &old, 0, 8, 0, 0);
@@ -519,7 +523,7 @@ __attribute__((constructor)) static void edm_app_start(void) {
     void *found = dlsym(RTLD_NEXT, "_Fork");
     memcpy(&real_fork, &found, sizeof real_fork);
     const char *path = getenv(EDM_SOCK_ENV);
-    if (!path || !talk_to(path))
+    if (!path || emulated() || !talk_to(path))
         return;
     CALL6(SYS_prctl, PR_SET_THP_DISABLE, 1, 0, 0, 0, 0);
     own_uffd_find();

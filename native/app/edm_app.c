@@ -50,8 +50,8 @@
 static bool captured, no_forks, free_to_call;
 static struct edm_ctl *control;  // while captured
 static pid_t (*real_fork)(void);
-// clone(2) by its other name. The thread sanitizer puts a function of its own in the place of the first, which takes the
-// sidecar for a child, in which it begins anew: with the memory of the program.
+// clone(2) by its other name. The thread sanitizer puts a function of its own in the place of the first, which takes
+// the sidecar for a child, in which it begins anew: with the memory of the program.
 extern int __clone(int (*run)(void *), void *stack, int flags, void *argument, ...);
 static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
 

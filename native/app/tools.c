@@ -1,8 +1,9 @@
 // Programs in the hands of a tool that looks at all they do: sanitizers, valgrind.
 #include "tools.h"
 
-// The address sanitizer as a library (gcc's) ends a program in which it is not the first one, since what comes before it
-// might take its place. libedm_app.so replaces nothing that it does. Source: sanitizer flags, verify_asan_link_order.
+// The address sanitizer as a library (gcc's) ends a program in which it is not the first one, since what comes before
+// it might take its place. libedm_app.so replaces nothing that it does. Source: sanitizer flags,
+// verify_asan_link_order.
 __attribute__((visibility("default"))) const char *__asan_default_options(void);
 const char *__asan_default_options(void) { return "verify_asan_link_order=0"; }
 

@@ -613,7 +613,7 @@ int sidecar_move_out(struct space *s, struct move_batch *b);
 void sidecar_read_out(struct space *s, struct move_batch *b);
 void sidecar_drop_out(struct space *s, uint32_t windows);
 void sidecar_settle(struct space *s);
-bool sidecar_idle(const struct space *s);  // it has done what it was asked for, and its events have been read
+bool sidecar_idle(const struct space *s);  // not while a batch is under way: it has done what it was asked for
 void sidecar_end(struct space *s);
 void sidecar_kill(struct space *s);  // which is seen in its pidfd, later
 bool pidfd_dead(int pidfd);

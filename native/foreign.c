@@ -89,7 +89,7 @@ void foreign_again(struct space *s) {
 // No event is unread, and nothing is on its way out.
 static bool quiet(struct edm_engine *g, struct space *s) {
     order_settle(g, s);
-    return sidecar_idle(s) && !s->applying && !s->batch_busy && !s->late && !s->unquiet && !s->ops->changing(s);
+    return !s->applying && !s->batch_busy && !s->late && !s->unquiet && sidecar_idle(s) && !s->ops->changing(s);
 }
 
 // All of [a, b) is in the program. What the DMS has of it is dropped first: were it not, and this process killed in

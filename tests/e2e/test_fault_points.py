@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
 QUICK = {
     *("event_applied", "fork_made", "batch_moved", "outbox_acknowledged"),
-    *("rescue_copied", "adopt_held", "pages_recorded"),
+    *("rescue_copied", "adopt_held", "pages_recorded", "give_done"),
 }
 """What is killed in the quick form: where most is half done."""
 
@@ -44,7 +44,7 @@ def test_the_dm_handler_dies(edm, program, plain, point):
     assert edm.left_behind() == ({}, [])
 
 
-@pytest.mark.parametrize("point", GIVING)
+@pytest.mark.parametrize("point", points(GIVING))
 def test_the_dm_handler_dies_while_a_userfaultfd_of_the_programs_own_gets_memory(edm, program, point):
     steps = ("missing", "write_protected", "taken_in_turns", "written_meanwhile")
     expected = subprocess.run([program("own_uffd"), *steps], capture_output=True, check=True, timeout=60).stdout

@@ -522,11 +522,11 @@ __attribute__((visibility("default"))) pid_t _Fork(void) {
 __attribute__((constructor)) static void edm_app_start(void) {
     void *found = dlsym(RTLD_NEXT, "_Fork");
     memcpy(&real_fork, &found, sizeof real_fork);
+    own_uffd_find();
     const char *path = getenv(EDM_SOCK_ENV);
     if (!path || emulated() || !talk_to(path))
         return;
     CALL6(SYS_prctl, PR_SET_THP_DISABLE, 1, 0, 0, 0, 0);
-    own_uffd_find();
     free_to_call = !filtered();
     if (hand_over(EDM_HELLO_NEW, 0) == 0)
         pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);

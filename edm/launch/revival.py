@@ -63,7 +63,7 @@ class Revival:
         """Whether another could go on. with_handler: a DM-Handler is among what died, or goes with it."""
         if with_handler and (self._segment < 0 or not self.instances):
             return False
-        if with_handler and not self._holder_lives():
+        if with_handler and not self.holder_lives:
             self.why_not = "and its holder with it: nothing has the program's pages any more"
             return False
         return True
@@ -94,14 +94,14 @@ class Revival:
         """What was started has ended before it was ready: whether to try once more."""
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < WINDOW_S]
-        if len(self._deaths) >= self._most or not self._holder_lives():
+        if len(self._deaths) >= self._most or not self.holder_lives:
             return False
         self._deaths.append(now)
         return True
 
     def bereaved(self) -> bool:
         """Whether the holder is gone, and that has been seen only just now."""
-        if self._holder_fd < 0 or self._holder_lives():
+        if self._holder_fd < 0 or self.holder_lives:
             self._bereaved_at = None
             return False
         if self._bereaved_at is None:
@@ -136,11 +136,13 @@ class Revival:
 
     def end_holder(self) -> None:
         """End the holder: the programs have ended."""
-        if self._holder_fd >= 0 and self._holder_lives():
+        if self._holder_fd >= 0 and self.holder_lives:
             signal.pidfd_send_signal(self._holder_fd, signal.SIGKILL)
         self._close()
 
-    def _holder_lives(self) -> bool:
+    @property
+    def holder_lives(self) -> bool:
+        """Whether the process that keeps the programs' descriptors is there."""
         return self._holder_fd >= 0 and not select.select([self._holder_fd], [], [], 0)[0]
 
     def _close(self) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 READY_S: Final = 60.0
 TICK_S: Final = 0.1
 END_S: Final = 20.0
+LAST_WORD_S: Final = 2.0
 LEFT_BEHIND_S: Final = 3.0
 """So long what a program leaves behind is not told of: helpers end in a moment, once they see that it has gone."""
 TITLES: Final = {"dm-handler": "DM-Handler", "dms": "memory server"}
@@ -164,9 +165,20 @@ class Session:
         for role, (pid, pidfd) in list(self._alive.items()):
             # Not by its socket's end: the holder has a copy of it.
             if select.select([pidfd], [], [], 0)[0]:
+                self._hear_out(role)
                 self._take(Event(role, "gone", {"pid": pid}))
         self._drain_events(timeout_s)
         self._revive()  # with all that was said before the end
+
+    def _hear_out(self, role: str) -> None:
+        """A DM-Handler ends its holder and itself once it has said that it is finished, which may be read later than
+        its end is seen.
+        """
+        end = time.monotonic() + LAST_WORD_S
+        while role == "dm-handler" and self._finishing and not self._revival.holder_lives:
+            if self._finished or time.monotonic() > end:
+                return
+            self._drain_events(TICK_S)
 
     def _drain_events(self, timeout_s: float) -> None:
         try:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -103,3 +104,16 @@ def test_who_serves_still_ends_the_run_while_another_is_started_again(session, h
     session._waiting_for.add("dms")
     session._take(Event("dm-handler", "error", {"message": "enough"}))
     assert session._failure == "enough"
+
+
+def test_the_last_word_of_one_that_has_ended_is_heard(session):
+    """A DM-Handler that had finished was said to have died, where its end was seen before its last word was read."""
+    with subprocess.Popen(["true"]) as handler:
+        session._alive["dm-handler"] = (handler.pid, os.pidfd_open(handler.pid))
+    session._plan, session._ready_once = LaunchPlan(commands=((sys.executable, "-m", "edm.handler.process"),)), True
+    last = Event("dm-handler", "finished", {"counters": {"faults": 7}})
+    word = threading.Timer(0.3, session._control.events.put, [last])
+    word.start()
+    session.finish()
+    word.join()
+    assert (session._failure, session.counters) == (None, {"faults": 7})

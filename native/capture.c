@@ -268,7 +268,7 @@ static void hand_over(struct edm_engine *g, int sock) {
                  receive_hello(sock, &hello, none);
     point(POINT_answered_hello);
     pthread_mutex_lock(&g->mu);
-    if (s && alive && !s->dead) {
+    if (s && alive && !s->dead && s->ctl) {  // without: it has been killed meanwhile, and who shares its memory goes on
         s->sidecar_pid = __atomic_load_n(&s->ctl->sidecar_pid, __ATOMIC_ACQUIRE);
         s->sidecar_fd = (int)syscall(SYS_pidfd_open, s->sidecar_pid, 0);
         s->ready = s->sidecar_fd >= 0;

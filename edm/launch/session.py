@@ -171,9 +171,7 @@ class Session:
         self._revive()  # with all that was said before the end
 
     def _hear_out(self, role: str) -> None:
-        """A DM-Handler ends its holder and itself once it has said that it is finished, which may be read later than
-        its end is seen.
-        """
+        """A DM-Handler that has said "finished" ends its holder and itself: that may be seen before it is read."""
         end = time.monotonic() + LAST_WORD_S
         while role == "dm-handler" and self._finishing and not self._revival.holder_lives:
             if self._finished or time.monotonic() > end:

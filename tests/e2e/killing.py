@@ -101,11 +101,13 @@ def run_with_death(
     action="kill",
     arguments=(OPS,),
     after_takeover=False,
+    for_s=0.0,
 ):
     """Run the stamped program with one action at `point` of `role`, or with a death of `victim` while that holds still.
 
     victim: one of VICTIMS, or several, one after the other: "app, dm-handler". For a point of taking over, or
-    `after_takeover`, a DM-Handler is killed at work before, so that it is another one that comes to the point.
+    `after_takeover`, a DM-Handler is killed at work before, so that it is another one that comes to the point. for_s: so
+    long it goes on holding still after the death.
     """
     flag = edm.directory / "point"
     takeover = after_takeover or point in ADOPTING
@@ -122,6 +124,7 @@ def run_with_death(
     if reached:
         for one in victim.split(", "):
             strike(edm, one)
+        time.sleep(for_s)
         flag.write_text("")
     try:
         out, err = process.communicate(timeout=WAIT_S)

@@ -44,6 +44,14 @@ def test_the_dm_handler_dies(edm, program, plain, point):
     assert edm.left_behind() == ({}, [])
 
 
+def test_a_program_that_is_killed_as_it_is_handed_over_takes_nobody_with_it(edm, program):
+    """Its memory lasts as long as its sidecar, which the DM-Handler does not know yet."""
+    death = run_with_death(edm, program("stamped"), "answered_hello", victim="app", times=0, for_s=0.3)
+    assert death.reached
+    assert (death.status, death.err) == (-signal.SIGKILL, "")
+    assert edm.left_behind() == ({}, [])
+
+
 @pytest.mark.parametrize("point", points(GIVING))
 def test_the_dm_handler_dies_while_a_userfaultfd_of_the_programs_own_gets_memory(edm, program, point):
     steps = ("missing", "write_protected", "taken_in_turns", "written_meanwhile")

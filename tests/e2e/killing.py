@@ -106,8 +106,8 @@ def run_with_death(
     """Run the stamped program with one action at `point` of `role`, or with a death of `victim` while that holds still.
 
     victim: one of VICTIMS, or several, one after the other: "app, dm-handler". For a point of taking over, or
-    `after_takeover`, a DM-Handler is killed at work before, so that it is another one that comes to the point. for_s: so
-    long it goes on holding still after the death.
+    `after_takeover`, a DM-Handler is killed at work before, so that it is another one that comes to the point.
+    for_s: so long it goes on holding still after the death.
     """
     flag = edm.directory / "point"
     takeover = after_takeover or point in ADOPTING

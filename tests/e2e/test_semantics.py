@@ -84,7 +84,7 @@ def test_what_is_wiped_on_fork_is_zeros_where_nothing_had_left_before(edm, progr
     )
     assert (ran.status, ran.out.decode(), ran.err) == (0, expected.stdout, "")
     counters = json.loads(report.read_text())["counters"]
-    assert counters["evictions"] > 500
+    assert counters["evictions"] > 100
     assert counters["internal_errors"] == counters["lost"] == counters["sidecars_lost"] == 0
 
 

@@ -1,5 +1,5 @@
-"""Programs built with sanitizers, and under valgrind: their shadow memory is as large as they please, and they find
-what they find without EDM.
+"""Programs built with sanitizers, and under valgrind: what is wrong with them is found as without EDM, and shadow memory
+may be as large as it likes.
 """
 
 import json

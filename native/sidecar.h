@@ -42,6 +42,8 @@ struct edm_ctl {
     uint32_t merges;                    // KSM may merge pages of the program: see space_merges
     uint32_t own_uffd;                  // the program has opened a userfaultfd: see space_own_uffd
     uint32_t whole_asked, whole_done;   // by a program that may not come and ask: see whole.c
+    uint32_t executable;                // the program has, or had, memory that may be written to and executed
+    uint32_t staging_executable;        // so is staging at this moment; the sidecar writes it
     uint64_t staging, anchor, self;
     uint64_t tie;  // where the uffd's tie to the address space is mapped; 0: none, or not yet
     struct {

@@ -20,12 +20,14 @@ struct mapping {
     bool writable;  // or inaccessible, and perhaps writable later
     bool guard;     // inaccessible
     bool heap;      // of brk(2)
+    bool executable;
 };
 
 struct mappings {
     struct mapping *v;
     uint32_t n, cap;
     bool staging_seen;
+    bool executable;  // and writable: some of it
 };
 
 static char *read_maps(int pid) {
@@ -63,7 +65,8 @@ static bool parse_line(char *line, struct mapping *m) {
         return false;
     bool guard = !strncmp(perm, "---", 3);
     bool heap = !strncmp(what, "[heap]", 6);
-    *m = (struct mapping){a >> PAGE_SHIFT, b >> PAGE_SHIFT, perm[1] == 'w' || guard, guard, heap};
+    bool executable = !strncmp(perm, "rwx", 3);
+    *m = (struct mapping){a >> PAGE_SHIFT, b >> PAGE_SHIFT, perm[1] == 'w' || guard, guard, heap, executable};
     return m->b <= LSPT_MAX_PAGE;
 }
 
@@ -81,6 +84,7 @@ static bool mappings_read(struct space *s, struct mappings *out) {
             continue;
         if (m.a <= sa && m.b >= sb)
             out->staging_seen = true;
+        out->executable |= m.executable;
         // The kernel may have merged a neighbour with staging or the anchor: those two stay out.
         uint64_t cut[3][2] = {{sa, sb}, {anchor, anchor + 1}, {m.b, m.b}};
         if (cut[0][0] > cut[1][0]) {
@@ -96,7 +100,7 @@ static bool mappings_read(struct space *s, struct mappings *out) {
                     out->cap = out->cap ? out->cap * 2 : 128;
                     out->v = xrealloc(out->v, out->cap * sizeof *out->v);
                 }
-                out->v[out->n++] = (struct mapping){at, to, m.writable, m.guard, m.heap};
+                out->v[out->n++] = (struct mapping){at, to, m.writable, m.guard, m.heap, m.executable};
             }
             if (cut[i][1] > at)
                 at = cut[i][1];
@@ -329,6 +333,8 @@ bool space_sweep(struct space *s) {
         space_retire(s);
         return true;
     }
+    if (now.executable && s->ctl)
+        s->ctl->executable = 1;
     note_stacks(s, &now);
     struct ranges fresh = {0};
     if (s->asks && !s->held_seen && (s->engine->no_forks || space_whole(s) || s->wanted.n))

@@ -117,10 +117,20 @@ static bool side_unshare(struct edm_ctl *c, uint32_t k, int page) {
     return r == 0;
 }
 
+// Pages move between memory of like protection only. Where the program has memory that may be written to and executed,
+// as many make theirs who compile as they run, staging becomes like it, and again like the rest.
+static bool side_turn(struct edm_ctl *c) {
+    int also = c->staging_executable ? 0 : PROT_EXEC;
+    if (!c->executable || CALL(SYS_mprotect, c->staging, EDM_STAGING_PAGES * PAGE, PROT_READ | PROT_WRITE | also))
+        return false;
+    c->staging_executable = !c->staging_executable;
+    return true;
+}
+
 // A run with a page in it that cannot move: go around it.
 static long side_move(struct edm_ctl *c, uint32_t k, int from, int count) {
     uint64_t staging = c->staging + (uint64_t)k * 64 * PAGE;
-    bool unshared = false;
+    bool unshared = false, turned = false;
     int most = 64;
     while (count > 0) {
         long error;
@@ -130,7 +140,7 @@ static long side_move(struct edm_ctl *c, uint32_t k, int from, int count) {
         from += (int)n;
         count -= (int)n;
         if (n) {
-            unshared = false;
+            unshared = turned = false;
             most = 64;
         }
         if (!error)
@@ -143,12 +153,16 @@ static long side_move(struct edm_ctl *c, uint32_t k, int from, int count) {
             most = run / 2;
             continue;
         }
+        if (error == EINVAL && !turned && side_turn(c)) {
+            turned = true;
+            continue;
+        }
         if (error == EBUSY && !unshared && side_unshare(c, k, from)) {
             unshared = true;
             continue;
         }
         c->window[k].busy |= 1ull << from;
-        unshared = false;
+        unshared = turned = false;
         from++;
         count--;
     }

@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
 SUITES = {
-    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare", "remaps", "own_uffd"), "1M"),
+    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare", "remaps"), "1M"),
+    **dict.fromkeys(("own_uffd", "executable"), "1M"),
     "uring": "2M",
 }
 """Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""
@@ -74,6 +75,16 @@ def test_every_step_fails_on_a_wrong_byte(program, name):
         ran = plain(program, name, step, SPOIL=step)
         assert ran.returncode == 1, f"{step} did not see it"
         assert f"{step}: " in ran.stdout
+
+
+def test_memory_that_may_be_executed_keeps_to_the_budget(edm, program, tmp_path):
+    report = tmp_path / "r.json"
+    arguments = ("--transport", "inproc", "--local-memory", "1M", "--report", report)
+    ran = edm.run(*arguments, "--", program("executable"), "heap")
+    assert (ran.status, ran.out, ran.err) == (0, b"heap: as it should be\n", "")
+    counters = json.loads(report.read_text())["counters"]
+    assert counters["evictions"] > 2000
+    assert (counters["over_limit"], counters["internal_errors"], counters["lost"]) == (0, 0, 0)
 
 
 def test_what_is_wiped_on_fork_is_zeros_where_nothing_had_left_before(edm, program, tmp_path):

@@ -1,6 +1,4 @@
-"""Programs built with sanitizers, and under valgrind: what is wrong with them is found as without EDM, and shadow memory
-may be as large as it likes.
-"""
+"""Programs built with sanitizers, and under valgrind: what is wrong with them is found as without EDM."""
 
 import json
 import re

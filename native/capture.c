@@ -210,6 +210,15 @@ static int32_t greeting(const struct edm_engine *g) {
 
 void edm_engine_admit_below(struct edm_engine *g, int32_t pid) { g->admit_below = pid; }
 
+// Whether what the program takes for a process's number is its number here too. In a namespace of its own it is not:
+// the process of that number here is somebody else's, and must neither be asked nor ended.
+static bool same_numbers(int pid) {
+    char path[32], theirs[64], ours[64];
+    snprintf(path, sizeof path, "/proc/%d/ns/pid", pid);
+    ssize_t n = readlink(path, theirs, sizeof theirs), m = readlink("/proc/self/ns/pid", ours, sizeof ours);
+    return n <= 0 || m <= 0 || (n == m && !memcmp(theirs, ours, (size_t)n));
+}
+
 static void hand_over(struct edm_engine *g, int sock) {
     struct ucred cred;
     socklen_t length = sizeof cred;
@@ -268,7 +277,8 @@ static void hand_over(struct edm_engine *g, int sock) {
                  receive_hello(sock, &hello, none);
     point(POINT_answered_hello);
     pthread_mutex_lock(&g->mu);
-    if (s && alive && !s->dead && s->ctl) {  // without: it has been killed meanwhile, and who shares its memory goes on
+    // Without a control page it has been killed meanwhile, and who shares its memory goes on.
+    if (s && alive && !s->dead && s->ctl && same_numbers(s->pid)) {
         s->sidecar_pid = __atomic_load_n(&s->ctl->sidecar_pid, __ATOMIC_ACQUIRE);
         s->sidecar_fd = (int)syscall(SYS_pidfd_open, s->sidecar_pid, 0);
         s->ready = s->sidecar_fd >= 0;

@@ -95,6 +95,7 @@ int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid) {
     s->ctl_fd = ctl_fd;
     s->state->ctl[s->engine->turn] = ctl_fd;
     s->pid = s->state->pid = pid;
+    s->inner = c->app_pid != pid;
     s->staging = c->staging;
     memcpy(c->sock, s->engine->sock, sizeof c->sock);
     c->handler_pid = getpid();
@@ -132,11 +133,44 @@ static struct space *admit_new(struct edm_engine *g, int pid, struct edm_ctl *c,
     return s;
 }
 
+static int parent_of(int pid) {
+    char text[512];
+    int fd = open_proc(pid, "stat");
+    ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
+    if (fd >= 0)
+        close(fd);
+    if (n <= 0)
+        return 0;
+    text[n] = 0;
+    char *p = strrchr(text, ')');
+    int parent = 0;
+    return p && sscanf(p + 1, " %*c %d", &parent) == 1 ? parent : 0;
+}
+
+// The child that says that it is `pid` here and `own` for itself. The number that came with its first fault is the one
+// of its own PID namespace, where others may have the same.
+static struct space *child_of(struct edm_engine *g, int pid, int own, int parent) {
+    struct space *s = space_of_pid(g, pid), *orphan = NULL;
+    if (own == pid || s)
+        return s;
+    for (uint32_t i = 0; i < g->nspaces; i++) {
+        s = g->space[i];
+        if (s->dead || !s->inner || s->own != own || s->uffd < 0 || !s->forked || s->ready || s->ctl || !s->parent)
+            continue;
+        if (s->parent->pid == parent)
+            return s;
+        if (s->parent->dead || pidfd_dead(s->parent->pidfd))
+            orphan = s;
+    }
+    return orphan;
+}
+
 // The child's uffd came with the parent's FORK event; its first touch of the anchor said whose it is.
 static struct space *admit_forked(struct edm_engine *g, int pid, struct edm_ctl *c, int ctl_fd, int *error) {
     struct space *s = NULL;
+    int parent = parent_of(pid);
     for (int ms = 0; ms < HANDSHAKE_MS && !s && !atomic_load(&g->stop); ms++) {
-        s = space_of_pid(g, pid);
+        s = child_of(g, pid, c->app_pid, parent);
         if (s && s->forked && !s->ready)
             break;
         s = NULL;
@@ -171,20 +205,6 @@ struct handshake {
     int s;
 };
 
-static int parent_of(int pid) {
-    char text[512];
-    int fd = open_proc(pid, "stat");
-    ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
-    if (fd >= 0)
-        close(fd);
-    if (n <= 0)
-        return 0;
-    text[n] = 0;
-    char *p = strrchr(text, ')');
-    int parent = 0;
-    return p && sscanf(p + 1, " %*c %d", &parent) == 1 ? parent : 0;
-}
-
 // Of another user only what the run has started: whoever comes in is given a uffd. The launcher is the subreaper of all
 // that it started, so that the way up leads to it.
 static bool may_come(const struct edm_engine *g, const struct ucred *peer) {
@@ -209,15 +229,6 @@ static int32_t greeting(const struct edm_engine *g) {
 }
 
 void edm_engine_admit_below(struct edm_engine *g, int32_t pid) { g->admit_below = pid; }
-
-// Whether what the program takes for a process's number is its number here too. In a namespace of its own it is not:
-// the process of that number here is somebody else's, and must neither be asked nor ended.
-static bool same_numbers(int pid) {
-    char path[32], theirs[64], ours[64];
-    snprintf(path, sizeof path, "/proc/%d/ns/pid", pid);
-    ssize_t n = readlink(path, theirs, sizeof theirs), m = readlink("/proc/self/ns/pid", ours, sizeof ours);
-    return n <= 0 || m <= 0 || (n == m && !memcmp(theirs, ours, (size_t)n));
-}
 
 static void hand_over(struct edm_engine *g, int sock) {
     struct ucred cred;
@@ -278,8 +289,13 @@ static void hand_over(struct edm_engine *g, int sock) {
     point(POINT_answered_hello);
     pthread_mutex_lock(&g->mu);
     // Without a control page it has been killed meanwhile, and who shares its memory goes on.
-    if (s && alive && !s->dead && s->ctl && same_numbers(s->pid)) {
-        s->sidecar_pid = __atomic_load_n(&s->ctl->sidecar_pid, __ATOMIC_ACQUIRE);
+    int sidecar = s && alive && s->ctl ? __atomic_load_n(&s->ctl->sidecar_pid, __ATOMIC_ACQUIRE) : 0;
+    pthread_mutex_unlock(&g->mu);
+    sidecar = sidecar > 0 ? number_here(cred.pid, sidecar) : 0;
+    pthread_mutex_lock(&g->mu);
+    if (s && sidecar > 0 && !s->dead && s->ctl) {
+        s->sidecar_pid = sidecar;
+        __atomic_store_n(&s->ctl->sidecar_pid, sidecar, __ATOMIC_RELEASE);  // for one who takes over
         s->sidecar_fd = (int)syscall(SYS_pidfd_open, s->sidecar_pid, 0);
         s->ready = s->sidecar_fd >= 0;
         holder_note(g);

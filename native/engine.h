@@ -217,6 +217,8 @@ struct space {
     struct ranges blank;     // adopted: of what is wanted, what the DMS has nothing of
     struct range untouched;  // of what was filled ahead there, pages of zeros are to leave
     bool giving, own_uffd;
+    bool inner;  // in a PID namespace that is not ours; own: its number there, 0: not known, or no more needed
+    int own;
     uint32_t stacks_seen, stacks_told;
     bool making_whole;  // for a fork, see whole.c; asked for so often by then
     uint32_t whole_asked;
@@ -517,6 +519,11 @@ void whole_look(struct edm_engine *g, struct space *s);
 // The program is about to fork so: nothing may leave, whatever the budget. In the control page, for a DM-Handler that
 // takes over must know as well.
 static inline bool space_whole(const struct space *s);
+
+// ---- namespaces.c: whether children of a process have other numbers for themselves than here; and the number here of
+// one that has `number` for the program `pid`, 0: there is none.
+bool children_apart(int pid);
+int number_here(int pid, int number);
 
 // ---- foreign.c: memory for a userfaultfd of the program's own
 void foreign_serve(struct edm_engine *g, int sock, int pid);

@@ -167,7 +167,11 @@ static void events_clear(struct space *s, uint32_t n) {
 // Now it is known whose uffd this is. One that does not begin with the anchor may be a child that the C library knows
 // nothing of, and never come: what was not copied for it is found out now.
 static void first_fault(struct space *s, const struct uffd_msg *m) {
-    s->pid = s->state->pid = (int)m->arg.pagefault.feat.ptid;
+    int number = (int)m->arg.pagefault.feat.ptid;
+    if (s->inner)
+        s->own = number;
+    else
+        s->pid = s->state->pid = number;
     if (s->forked && page_of(m->arg.pagefault.address) != page_of(s->anchor))
         space_prune_unmapped(s);
 }
@@ -206,7 +210,7 @@ int space_read(struct edm_engine *g, struct space *s, int worker) {
         if (m[i].event != UFFD_EVENT_PAGEFAULT)
             continue;
         g->count.faults++;
-        if (s->pid <= 0 && s->ops == &uffd_ops)
+        if (s->pid <= 0 && !s->own && s->ops == &uffd_ops)
             first_fault(s, &m[i]);
         worker_follow(g, worker, (int)m[i].arg.pagefault.feat.ptid);
         idle_fault(g, m[i].arg.pagefault.feat.ptid);

@@ -120,6 +120,8 @@ static bool staging_present(struct space *s, uint32_t window, uint64_t *present)
 
 // Pages have left the program and cannot be read: stopping it is the only way it never sees other bytes.
 static void stop_program(struct space *s, const char *why) {
+    if (s->ops->gone(s))  // killed together with its sidecar
+        return;
     engine_error(s->engine, "process %d is stopped: %s", s->pid, why);
     if (s->pidfd >= 0)
         syscall(SYS_pidfd_send_signal, s->pidfd, SIGKILL, NULL, 0);

@@ -336,6 +336,7 @@ struct space *space_fork(struct space *parent) {
     child->asks = parent->asks;
     child->merges = space_merges(parent);
     child->own_uffd = space_own_uffd(parent);
+    child->inner = parent->inner || children_apart(parent->pid);
     child->young = parent->unquiet = true;
     if (parent->adopting)  // not known yet
         ranges_add(&child->at_fork, 0, LSPT_MAX_PAGE);

@@ -295,7 +295,6 @@ static int sidecar_parent(void *arg) {
 static bool sidecar_start(struct edm_ctl *c) {
     uint64_t all = ~0ull, old = 0;
     CALL6(SYS_rt_sigprocmask, SIG_SETMASK, &all, &old, 8, 0, 0);
-    c->app_pid = (int32_t)CALL(SYS_getpid, 0, 0, 0);
     int pid = __clone(sidecar_parent, (char *)c + EDM_CTL_BYTES - 64, CLONE_VM | CLONE_VFORK | CLONE_UNTRACED, c);
     if (pid > 0)
         CALL6(SYS_wait4, pid, 0, __WALL, 0, 0, 0);
@@ -374,6 +373,7 @@ static struct edm_ctl *make_ctl(int memfd, uint64_t anchor) {
     c->staging = (uint64_t)staging;
     c->anchor = anchor;
     c->self = (uint64_t)c;
+    c->app_pid = (int32_t)CALL(SYS_getpid, 0, 0, 0);
     keep_library_list(c);
     hints_begin(c);
     own_uffd_begin(c);

@@ -22,6 +22,7 @@ LEAST = 0.97
 AT_WORK = 0.5
 """Of the plain run's peak: how much threads that allocate at once have at most depends on how they are scheduled (seen:
 79 and 122 MiB for the same program)."""
+RUNS = 4
 MORE_MAPPINGS = 80
 """Mappings that a captured program may have above the plain one's: EDM's library and areas, and the pieces of a heap
 that grew. A piece touched before it was registered merges with no neighbour, so what grows is registered in steps that
@@ -41,6 +42,18 @@ def plain_largest(command, until=None):
     """As `watched`, for the program without EDM: below a shell, so that it is found in the same way."""
     shell = ["sh", "-c", '"$@"; exit $?', "sh", *map(str, command)]
     return watched(subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE), until)
+
+
+def seen_at_work(run, plain):
+    """What was seen of the first run of a few that was looked at near its most.
+
+    Looks are milliseconds apart, more on a busy machine: that a short run's most fell between them says nothing of it.
+    """
+    for _ in range(RUNS):
+        captured = run()
+        if captured.all > AT_WORK * plain.anonymous:
+            break
+    return captured
 
 
 def check(captured, plain):
@@ -78,7 +91,7 @@ def test_97_percent_of_the_peak_is_captured(edm, program, tmp_path, workload, sh
     built = workload.build(tmp_path, program, workload.sizes[1])
     plain = plain_largest(built.command)
     options = ("--transport", "inproc", "--store", "memory", *budget_of(share, plain))
-    check(watched(edm.start("run", *options, "--", *built.command)), plain)
+    check(seen_at_work(lambda: watched(edm.start("run", *options, "--", *built.command)), plain), plain)
 
 
 @pytest.mark.redis

@@ -58,7 +58,7 @@ ctest-plain ctest-address ctest-thread: ctest-%: setup
 
 # Real programs and tools of the end-to-end tests: command:package. Without them their tests skip, and say so.
 PROGRAMS := sqlite3:sqlite3 redis-server:redis-server stress-ng:stress-ng node:nodejs gdb:gdb strace:strace perf:linux-perf \
-  valgrind:valgrind
+  valgrind:valgrind musl-gcc:musl-tools
 
 programs:
 	@packages=; for one in $(PROGRAMS); do \

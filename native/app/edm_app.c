@@ -8,7 +8,6 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <link.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -29,6 +28,7 @@
 #include "../uffd_abi.h"
 #include "calls.h"
 #include "hints.h"
+#include "libc.h"
 #include "own.h"
 #include "own_uffd.h"
 #include "remap.h"
@@ -50,9 +50,6 @@
 static bool captured, no_forks, free_to_call;
 static struct edm_ctl *control;  // while captured
 static pid_t (*real_fork)(void);
-// clone(2) by its other name. The thread sanitizer puts a function of its own in the place of the first, which takes
-// the sidecar for a child, in which it begins anew: with the memory of the program.
-extern int __clone(int (*run)(void *), void *stack, int flags, void *argument, ...);
 static uint64_t anchor_page;  // kept here: the control page is not copied to a forked child
 
 #define LOOK_TRIES 65536  // of a lock that is held for a few microseconds
@@ -286,7 +283,7 @@ static int sidecar(void *arg) {
 // children would wait for it.
 static int sidecar_parent(void *arg) {
     struct edm_ctl *c = arg;
-    long pid = __clone(sidecar, (char *)c + EDM_CTL_BYTES - MID_STACK, CLONE_VM | CLONE_UNTRACED, c);
+    long pid = clone_task(sidecar, (char *)c + EDM_CTL_BYTES - MID_STACK, CLONE_VM | CLONE_UNTRACED, c);
     __atomic_store_n(&c->sidecar_pid, (int32_t)pid, __ATOMIC_RELEASE);
     CALL(SYS_exit, 0, 0, 0);
     return 0;
@@ -295,7 +292,7 @@ static int sidecar_parent(void *arg) {
 static bool sidecar_start(struct edm_ctl *c) {
     uint64_t all = ~0ull, old = 0;
     CALL6(SYS_rt_sigprocmask, SIG_SETMASK, &all, &old, 8, 0, 0);
-    int pid = __clone(sidecar_parent, (char *)c + EDM_CTL_BYTES - 64, CLONE_VM | CLONE_VFORK | CLONE_UNTRACED, c);
+    int pid = clone_task(sidecar_parent, (char *)c + EDM_CTL_BYTES - 64, CLONE_VM | CLONE_VFORK | CLONE_UNTRACED, c);
     if (pid > 0)
         CALL6(SYS_wait4, pid, 0, __WALL, 0, 0, 0);
     CALL6(SYS_rt_sigprocmask, SIG_SETMASK, &old, 0, 8, 0, 0);
@@ -317,15 +314,19 @@ static uint32_t keep(struct edm_ctl *c, uint32_t n, const void *at) {
     for (uint32_t i = 0; i < n; i++)
         if (c->keep[i] == page)
             return n;
-    if (n < EDM_KEEP)
+    if (page && n < EDM_KEEP)
         c->keep[n++] = page;
     return n;
 }
 
-// The list of loaded libraries: without it a debugger that attaches can name nothing it finds on the stacks.
-static void keep_library_list(struct edm_ctl *c) {
-    uint32_t n = keep(c, 0, &_r_debug);
-    for (const struct link_map *m = _r_debug.r_map; m && n < EDM_KEEP; m = m->l_next) {
+// What the kernel writes to when nobody can wait for a page, and the list of loaded libraries: without it a debugger
+// that attaches can name nothing it finds on the stacks.
+static void keep_pages(struct edm_ctl *c) {
+    const struct r_debug *libraries = loaded_libraries();
+    uint32_t n = keep(c, 0, (void *)cleared_at_exit());
+    if (libraries)
+        n = keep(c, n, libraries);
+    for (const struct link_map *m = libraries ? libraries->r_map : NULL; m && n < EDM_KEEP; m = m->l_next) {
         n = keep(c, n, m);
         n = keep(c, n, &m->l_prev);
         n = keep(c, n, m->l_name);
@@ -374,7 +375,7 @@ static struct edm_ctl *make_ctl(int memfd, uint64_t anchor) {
     c->anchor = anchor;
     c->self = (uint64_t)c;
     c->app_pid = (int32_t)CALL(SYS_getpid, 0, 0, 0);
-    keep_library_list(c);
+    keep_pages(c);
     hints_begin(c);
     own_uffd_begin(c);
     return c;
@@ -543,5 +544,5 @@ __attribute__((constructor)) static void edm_app_start(void) {
     CALL6(SYS_prctl, PR_SET_THP_DISABLE, 1, 0, 0, 0, 0);
     free_to_call = !filtered();
     if (hand_over(EDM_HELLO_NEW, 0) == 0)
-        pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+        at_fork(before_fork, after_fork_in_parent, after_fork_in_child);
 }

@@ -144,7 +144,7 @@ EXPORTED int ioctl(int fd, unsigned long request, ...) {
     va_start(more, request);
     void *argument = va_arg(more, void *);
     va_end(more);
-    switch (request) {
+    switch ((unsigned)request) {  // of which the kernel sees no more; musl's takes an int
     case UFFDIO_REGISTER:
         return register_memory(fd, argument);
     case UFFDIO_UNREGISTER:

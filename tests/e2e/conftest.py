@@ -155,13 +155,13 @@ def edm(tmp_path):
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    """Compile one of tests/e2e/programs, once: `program("working_set")`."""
+    """Compile one of tests/e2e/programs, once: `program("working_set")`, `program("signals", "musl-gcc")`."""
     directory = tmp_path_factory.mktemp("programs")
 
-    def build(name):
-        target = directory / name
+    def build(name, compiler=None):
+        target = directory / f"{compiler or ''}{name}"
         if not target.exists():
-            compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+            compiler = compiler or os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
             subprocess.run(
                 [compiler, "-O2", "-g", "-pthread", "-o", target, PROGRAMS / f"{name}.c"], check=True, timeout=60
             )

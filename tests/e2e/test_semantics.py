@@ -77,6 +77,24 @@ def test_every_step_fails_on_a_wrong_byte(program, name):
         assert f"{step}: " in ran.stdout
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["signals", *(pytest.param(one, marks=pytest.mark.soak) for one in ("placed", "newer", "remaps", "executable"))],
+)
+def test_every_step_is_as_without_edm_in_a_program_that_has_musl(edm, program, tmp_path, name):
+    if not shutil.which("musl-gcc"):
+        pytest.skip("musl-gcc is not installed: make programs")
+    path, report = program(name, "musl-gcc"), tmp_path / "r.json"
+    expected = subprocess.run([path], capture_output=True, check=True, timeout=60).stdout
+    # Of a shell that has glibc it inherits what glibc's dynamic linker is to load.
+    arguments = ("--transport", "inproc", "--local-memory", "1M", "--report", report, "--")
+    ran = edm.run(*arguments, "sh", "-c", '"$0"; exit $?', path)
+    assert (ran.status, ran.out, ran.err) == (0, expected, "")
+    counters = json.loads(report.read_text())["counters"]
+    assert counters["evictions"] > 1000
+    assert counters["internal_errors"] == counters["lost"] == counters["sidecars_lost"] == 0
+
+
 def test_memory_that_may_be_executed_keeps_to_the_budget(edm, program, tmp_path):
     report = tmp_path / "r.json"
     arguments = ("--transport", "inproc", "--local-memory", "1M", "--report", report)

@@ -1,10 +1,15 @@
-// Reading a captured program's memory from outside. The kernel answers a debugger's read of an absent page with EIO: it
-// raises no fault for it. So who reads (`edm dump`) asks here, over the socket that programs come by, which pages hold
-// anything, and has them brought where they are not in the program: as after a fault, within the budget.
+// Reading a captured program's memory from outside, and by /proc/self/mem. The kernel answers a debugger's read of an
+// absent page with EIO: it raises no fault for it. So who reads (`edm dump`, app/reach.c) asks here, over the socket
+// that programs come by, which pages hold anything, and has them brought where they are not in the program: as after a
+// fault, within the budget.
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "engine.h"
@@ -18,23 +23,24 @@ static struct space *space_asked(struct edm_engine *g, int32_t pid) {
     return NULL;
 }
 
-static bool present(const struct space *s, uint64_t page) {
+#define THERE 1
+#define PROTECTED 2
+
+// Source: Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped, 57 write-protected by a uffd.
+static int look_in_program(const struct space *s, uint64_t page) {
     uint64_t entry = 0;
-    return pread(s->pagemap_fd, &entry, sizeof entry, (off_t)(page * sizeof entry)) == sizeof entry && entry >> 62;
+    if (pread(s->pagemap_fd, &entry, sizeof entry, (off_t)(page * sizeof entry)) != sizeof entry)
+        return 0;
+    return (entry >> 62 ? THERE : 0) | (entry >> 57 & 1 ? PROTECTED : 0);
 }
 
 // Of an adopted program only the DMS knows what it has of the pages that are not there.
-static bool perhaps_stored(const struct space *s, uint64_t page) { return s->asks && ranges_has(&s->known, page); }
-
 static bool held(const struct space *s, uint64_t page, enum page_state state) {
-    return !state_new(state) || perhaps_stored(s, page);
+    return !state_new(state) || (s->asks && ranges_has(&s->known, page));
 }
 
-static bool away(const struct space *s, uint64_t page, enum page_state state) {
-    return state_new(state) ? perhaps_stored(s, page) && !present(s, page) : state != PS_RESIDENT;
-}
-
-// Whether it is one of those that are asked for; *fault: what kind of fault brings it.
+// Whether it is one of those that are asked for; *fault: what kind of fault brings it. One that was never touched, or
+// was given up, is not there either, and the kernel raises no fault for whoever reads it from outside.
 static bool wanted(const struct space *s, uint64_t page, uint32_t op, uint32_t *fault) {
     struct lspt_entry *e = lspt_entry(&s->lspt, page);
     enum page_state state = e ? (enum page_state)e->state : PS_NEW;
@@ -42,10 +48,15 @@ static bool wanted(const struct space *s, uint64_t page, uint32_t op, uint32_t *
     *fault = write ? UFFD_PAGEFAULT_FLAG_WRITE : 0;
     if (op == EDM_ASK_HELD)
         return held(s, page, state);
-    if (!write || state != PS_RESIDENT)
-        return away(s, page, state);
+    if (!state_new(state) && state != PS_RESIDENT)
+        return true;
+    if (!ranges_has(&s->known, page))
+        return false;
+    int is = look_in_program(s, page);
+    if (!write || !(is & PROTECTED))
+        return state_new(state) && !(is & THERE);
     *fault |= UFFD_PAGEFAULT_FLAG_WP;
-    return e->flags & PF_CLEAN;
+    return true;
 }
 
 // How many pages may be brought now. The others are asked for again: nobody's fault waits for them, and what waits in
@@ -93,7 +104,31 @@ static void answer(struct edm_engine *g, const struct edm_ask *ask, struct edm_a
     pthread_mutex_unlock(&g->mu);
 }
 
-void asking_serve(struct edm_engine *g, int sock) {
+// A process's own number where its thread is asked for, as with ptrace.
+static int process_of(int number) {
+    char path[32], text[4096];
+    snprintf(path, sizeof path, "/proc/%d/status", number);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
+    if (fd >= 0)
+        close(fd);
+    text[n > 0 ? n : 0] = 0;
+    const char *line = strstr(text, "\nTgid:");
+    return line ? atoi(line + 6) : number;
+}
+
+// Of whom a process may ask that calls him `pid`: root and our user of everybody, others of what is theirs. 0: not of
+// him.
+static int32_t may_ask(int asker, uint32_t user, int32_t pid) {
+    struct stat owner;
+    char path[32];
+    pid = !pid ? asker : process_of(pid < 0 ? -pid : number_here(asker, pid));
+    snprintf(path, sizeof path, "/proc/%d", pid);
+    bool may = !user || user == geteuid() || pid == asker;
+    return may || (!stat(path, &owner) && owner.st_uid == user) ? pid : 0;
+}
+
+void asking_serve(struct edm_engine *g, int sock, int asker, uint32_t user) {
     while (!atomic_load(&g->stop)) {
         struct pollfd p = {sock, POLLIN, 0};
         if (poll(&p, 1, LOOK_MS) == 0)
@@ -102,6 +137,7 @@ void asking_serve(struct edm_engine *g, int sock) {
         struct edm_answer out;
         if (recv(sock, &ask, sizeof ask, 0) != (ssize_t)sizeof ask || ask.magic != EDM_CTL_MAGIC)
             return;
+        ask.pid = may_ask(asker, user, ask.pid);
         answer(g, &ask, &out);
         if (send(sock, &out, sizeof out, MSG_NOSIGNAL) != (ssize_t)sizeof out)
             return;

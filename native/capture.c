@@ -241,8 +241,7 @@ static void hand_over(struct edm_engine *g, int sock) {
     if (hello.kind == EDM_HELLO_ROOM && (!send_room(sock) || !receive_hello(sock, &hello, fds)))
         goto out;
     if (hello.kind == EDM_HELLO_ASK) {
-        if (!cred.uid || cred.uid == geteuid())
-            asking_serve(g, sock);
+        asking_serve(g, sock, cred.pid, cred.uid);
         goto out;
     }
     if (hello.kind == EDM_HELLO_BEFORE_FORK) {

@@ -655,7 +655,7 @@ void space_prune_unmapped(struct space *s);
 void holder_note(struct edm_engine *g);
 
 // ---- asking.c: who reads a program's memory from outside; until it hangs up
-void asking_serve(struct edm_engine *g, int sock);
+void asking_serve(struct edm_engine *g, int sock, int asker, uint32_t user);
 
 static inline bool space_whole(const struct space *s) {
     return s->ctl && __atomic_load_n(&s->ctl->forking, __ATOMIC_ACQUIRE);

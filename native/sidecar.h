@@ -104,8 +104,8 @@ struct edm_reply {
 // pages must all be in the parent before it.
 enum edm_greeting { EDM_GREET_USER_MODE = 1, EDM_GREET_NO_FORKS = 2 };
 
-// Not of the program, but of somebody who reads its memory from outside (asking.c): after a hello of kind ASK, any
-// number of these, each with its answer.
+// Of somebody who reads the memory of `pid` from outside (asking.c): its number for who asks; 0: of who asks; the
+// negative of its number here. After a hello of kind ASK, any number of these, each with its answer.
 #define EDM_ASK_PAGES 4096u
 enum edm_ask_op {
     EDM_ASK_HELD = 1,            // which pages hold anything, here or at the memory server

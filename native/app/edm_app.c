@@ -26,11 +26,13 @@
 
 #include "../sidecar.h"
 #include "../uffd_abi.h"
+#include "bring.h"
 #include "calls.h"
 #include "hints.h"
 #include "libc.h"
 #include "own.h"
 #include "own_uffd.h"
+#include "reach.h"
 #include "remap.h"
 #include "stacks.h"
 #include "talk.h"
@@ -448,6 +450,7 @@ static int hand_over_once(enum edm_hello_kind kind, uint64_t anchor) {
     hints_to(c);
     stacks_to(c);
     own_uffd_to(c);
+    bring_to(c);
     remap_begin();
     *(volatile char *)c->anchor = 1;
     c = NULL;  // it stays, for the sidecar
@@ -538,6 +541,7 @@ __attribute__((constructor)) static void edm_app_start(void) {
     void *found = dlsym(RTLD_NEXT, "_Fork");
     memcpy(&real_fork, &found, sizeof real_fork);
     own_uffd_find();
+    reach_begin();
     const char *path = getenv(EDM_SOCK_ENV);
     if (!path || emulated() || !talk_to(path))
         return;

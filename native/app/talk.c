@@ -85,14 +85,22 @@ int connect_handler(void) {
     return s;
 }
 
-int ask_handler(enum edm_hello_kind kind, const void *more, size_t n) {
+int greet_handler(enum edm_hello_kind kind) {
     int s = connect_handler(), fd = -1;
     struct edm_hello hello = {.magic = EDM_CTL_MAGIC, .kind = kind};
     struct edm_reply r;
     bool done = s >= 0 && receive_reply(s, &r, &fd) && send_message(s, &hello, sizeof hello, NULL, 0) > 0;
     close_fd(fd);
-    fd = -1;
-    done = done && (!n || send_message(s, more, n, NULL, 0) > 0) && receive_reply(s, &r, &fd);
+    if (done)
+        return s;
+    close_fd(s);
+    return -1;
+}
+
+int ask_handler(enum edm_hello_kind kind, const void *more, size_t n) {
+    int s = greet_handler(kind), fd = -1;
+    struct edm_reply r;
+    bool done = s >= 0 && (!n || send_message(s, more, n, NULL, 0) > 0) && receive_reply(s, &r, &fd);
     close_fd(fd);
     if (done)
         return s;

@@ -11,6 +11,8 @@ int connect_handler(void);  // or -1
 long send_message(int s, const void *data, size_t n, const int *fds, int nfds);
 // One reply, with at most one descriptor; false when the handler hung up.
 bool receive_reply(int s, struct edm_reply *r, int *fd);
+// Behind the hello; or -1.
+int greet_handler(enum edm_hello_kind kind);
 // The hello, with what belongs to it (or NULL), and the answer, without a descriptor. The connection, for what more
 // there is to say; -1: there was no answer.
 int ask_handler(enum edm_hello_kind kind, const void *more, size_t n);

@@ -1,30 +1,21 @@
 // libedm_debugger.so: what `edm debug` puts into a debugger (LD_PRELOAD). The kernel answers a debugger's access to an
 // evicted page with EIO and raises no fault for it, so a failed access to a captured program's memory is made again
-// after its DM-Handler has brought the pages (native/asking.c). Nothing else is changed.
+// (app/reach.c) after its DM-Handler has brought the pages (native/asking.c). Nothing else is changed.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <dlfcn.h>
-#include <errno.h>
 #include <pthread.h>
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "../app/reach.h"
 #include "../edm_abi.h"
 #include "../sidecar.h"
-
-#define PAGE 4096ul
-#define MOST_PAGES 64u
-#define WAIT_MS 10000
 
 static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
 static int32_t asked_pid;  // whose DM-Handler `line` leads to
@@ -61,7 +52,7 @@ static bool connected(int32_t pid) {
     return true;
 }
 
-// Whether any of the pages is on its way now; a DM-Handler that does not answer is asked anew the next time.
+// A DM-Handler that does not answer is asked anew the next time.
 static bool bring(int32_t pid, uint64_t first, uint32_t count, bool write) {
     struct edm_ask ask = {EDM_CTL_MAGIC, write ? EDM_ASK_BRING_WRITABLE : EDM_ASK_BRING, pid, count, first};
     struct edm_answer answer;
@@ -78,61 +69,21 @@ static bool bring(int32_t pid, uint64_t first, uint32_t count, bool write) {
     return false;
 }
 
-// The process whose memory a descriptor is, or 0.
-static int32_t memory_of(int fd) {
-    char path[32], target[64];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(path, target, sizeof target - 1);
-    int pid = 0, end = 0;
-    if (n <= 0)
-        return 0;
-    target[n] = 0;
-    if (sscanf(target, "/proc/%d/mem%n", &pid, &end) == 1 && end == n)
-        return pid;
-    end = 0;
-    if (sscanf(target, "/proc/%d/task/%*d/mem%n", &pid, &end) == 1 && end == n)
-        return pid;
-    return 0;
-}
-
-// After a failed access of `bytes` at `at`: whether it is worth making it again. `tries` counts them.
-static bool again(int32_t pid, uint64_t at, size_t bytes, bool write, int *tries) {
-    uint64_t first = at / PAGE, count = (at + (bytes ? bytes : 1) - 1) / PAGE - first + 1;
-    if (!pid || *tries >= WAIT_MS)
+// To find out whom to ask, the program's memory is read (native/outside.c).
+bool reach_bring(int32_t pid, uint64_t first, uint32_t count, bool write) {
+    static _Thread_local bool asking;
+    if (asking)
         return false;
     pthread_mutex_lock(&mu);
-    bool coming = bring(pid, first, (uint32_t)(count < MOST_PAGES ? count : MOST_PAGES), write);
+    asking = true;
+    bool coming = bring(pid == REACH_SELF ? getpid() : abs(pid), first, count, write);
+    asking = false;
     pthread_mutex_unlock(&mu);
-    if (!coming && *tries)  // it came between the access and the question
-        *tries = WAIT_MS - 1;
-    if (!coming && !*tries)
-        return false;
-    struct timespec t = {0, *tries < 20 ? 50000 : 1000000};
-    nanosleep(&t, NULL);
-    ++*tries;
-    return true;
+    return coming;
 }
 
-#define REAL(name)                 \
-    static __typeof__(&name) real; \
-    if (!real)                     \
-    real = (__typeof__(&name))(uintptr_t)dlsym(RTLD_NEXT, #name)
+// What a debugger writes to itself is none of this library's business.
+void reach_hold(void) {}
+void reach_let_go(void) {}
 
-#define ACCESS(name, constant, write)                                                                          \
-    __attribute__((visibility("default"))) ssize_t name(int fd, constant void *data, size_t bytes, off_t at) { \
-        REAL(name);                                                                                            \
-        ssize_t n = real(fd, data, bytes, at);                                                                 \
-        if (n >= 0 || errno != EIO)                                                                            \
-            return n;                                                                                          \
-        int32_t pid = memory_of(fd);                                                                           \
-        for (int tries = 0; n < 0 && again(pid, (uint64_t)at, bytes, write, &tries);)                          \
-            n = real(fd, data, bytes, at);                                                                     \
-        if (n < 0)                                                                                             \
-            errno = EIO;                                                                                       \
-        return n;                                                                                              \
-    }
-
-ACCESS(pread, , false)
-ACCESS(pread64, , false)
-ACCESS(pwrite, const, true)
-ACCESS(pwrite64, const, true)
+__attribute__((constructor)) static void debugger_start(void) { reach_begin(); }

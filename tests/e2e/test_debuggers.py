@@ -85,9 +85,10 @@ def test_gdb_under_edm_debug_reaches_every_page(running):
     writes = [f"set var place.start[{page} * 512 + 1] = {page} + 5" for page in SHOWN]
     changed = [f"p place.start[{page} * 512 + 1]" for page in SHOWN]
     back = [f"set var place.start[{page} * 512 + 1] = word_at({page}, 1)" for page in SHOWN]
+    others = ("x/gx place.closed", "x/gx place.untouched + 5 * 512")
     called = gdb(
         sys.executable, "-m", "edm", "debug",
-        *gdb_commands("set scheduler-locking on", *reads, "x/gx place.closed", *writes, *changed, *back, "detach"),
+        *gdb_commands("set scheduler-locking on", *reads, *others, *writes, *changed, *back, "detach"),
         "-p", str(running.pid),
     )  # fmt: skip
     assert "annot access" not in called.stdout + called.stderr

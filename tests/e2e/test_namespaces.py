@@ -35,3 +35,11 @@ def test_a_process_of_the_sidecars_number_there_is_left_alone(edm, program, tmp_
     assert counters["evictions"] > 1000
     assert counters["internal_errors"] == counters["lost"] == counters["sidecars_lost"] == 0
     assert edm.left_behind() == ({}, [])
+
+
+def test_memory_of_others_is_reached_there(edm, program):
+    if not shutil.which("unshare") or subprocess.run([*INSIDE, "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespaces here")
+    steps = ("own_read", "of_the_other", "traced")
+    ran = edm.run("--transport", "inproc", "--local-memory", "1M", "--", *INSIDE, program("reached"), *steps)
+    assert (ran.status, ran.out.decode().splitlines(), ran.err) == (0, [f"{s}: as it should be" for s in steps], "")

@@ -252,6 +252,12 @@ def test_program_of_nobodys_under_roots_handler(roots_edm, open_directory, forks
     assert roots_edm.left_behind() == ({}, [])
 
 
+def test_program_of_nobodys_reaches_its_own_memory(roots_edm, open_directory, program):
+    command = (shutil.copy(program("reached"), open_directory), "own_read", "of_the_other")
+    ran = roots_edm.run("--transport", "inproc", "--local-memory", "1M", "--user", "nobody", "--", *command)
+    assert (ran.status, ran.err) == (0, ""), ran.out
+
+
 def test_user_has_its_own_home_and_groups():
     user = find_user("nobody")
     plain = subprocess.run(["setpriv", "--reuid=nobody", "--regid=nogroup", "--init-groups", "id", "-G"], stdout=-1)

@@ -21,7 +21,7 @@ SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
 SUITES = {
     **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare", "remaps"), "1M"),
-    **dict.fromkeys(("own_uffd", "executable"), "1M"),
+    **dict.fromkeys(("own_uffd", "executable", "reached"), "1M"),
     "uring": "2M",
 }
 """Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""

@@ -3,10 +3,8 @@
 // that programs come by, which pages hold anything, and has them brought where they are not in the program: as after a
 // fault, within the budget.
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -104,25 +102,12 @@ static void answer(struct edm_engine *g, const struct edm_ask *ask, struct edm_a
     pthread_mutex_unlock(&g->mu);
 }
 
-// A process's own number where its thread is asked for, as with ptrace.
-static int process_of(int number) {
-    char path[32], text[4096];
-    snprintf(path, sizeof path, "/proc/%d/status", number);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
-    if (fd >= 0)
-        close(fd);
-    text[n > 0 ? n : 0] = 0;
-    const char *line = strstr(text, "\nTgid:");
-    return line ? atoi(line + 6) : number;
-}
-
 // Of whom a process may ask that calls him `pid`: root and our user of everybody, others of what is theirs. 0: not of
 // him.
 static int32_t may_ask(int asker, uint32_t user, int32_t pid) {
     struct stat owner;
     char path[32];
-    pid = !pid ? asker : process_of(pid < 0 ? -pid : number_here(asker, pid));
+    pid = !pid ? asker : process_of_thread(pid < 0 ? -pid : number_here(asker, pid));
     snprintf(path, sizeof path, "/proc/%d", pid);
     bool may = !user || user == geteuid() || pid == asker;
     return may || (!stat(path, &owner) && owner.st_uid == user) ? pid : 0;

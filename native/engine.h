@@ -524,6 +524,8 @@ static inline bool space_whole(const struct space *s);
 // one that has `number` for the program `pid`, 0: there is none.
 bool children_apart(int pid);
 int number_here(int pid, int number);
+// The process that a thread of that number is one of; `number` itself, where there is none.
+int process_of_thread(int number);
 
 // ---- foreign.c: memory for a userfaultfd of the program's own
 void foreign_serve(struct edm_engine *g, int sock, int pid);

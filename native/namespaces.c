@@ -24,20 +24,32 @@ static struct name namespace_of(int pid, const char *which) {
     return name;
 }
 
-// The last of a process's numbers, from the outermost namespace to its own. Source: proc_pid_status(5), NSpid.
-static int own_number(int pid) {
-    char path[32], text[4096];
+// A line of a process's or a thread's status, without its name, that ends at its end. Source: proc_pid_status(5).
+static const char *status_of(int pid, const char *name, char *text, size_t room) {
+    char path[32];
     snprintf(path, sizeof path, "/proc/%d/status", pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
+    ssize_t n = fd >= 0 ? read(fd, text, room - 1) : -1;
     if (fd >= 0)
         close(fd);
     text[n > 0 ? n : 0] = 0;
-    char *line = strstr(text, "\nNSpid:"), *end = line ? strchr(line + 1, '\n') : NULL;
-    if (!end)
-        return 0;
-    *end = 0;
-    return atoi(strrchr(line, '\t') + 1);
+    char *line = strstr(text, name), *end = line ? strchr(line + 1, '\n') : NULL;
+    if (end)
+        *end = 0;
+    return end ? line + strlen(name) : NULL;
+}
+
+// The last of a process's numbers, from the outermost namespace to its own.
+static int own_number(int pid) {
+    char text[4096];
+    const char *numbers = status_of(pid, "\nNSpid:", text, sizeof text);
+    return numbers ? atoi(strrchr(numbers, '\t') + 1) : 0;
+}
+
+int process_of_thread(int number) {
+    char text[4096];
+    const char *process = status_of(number, "\nTgid:", text, sizeof text);
+    return process ? atoi(process) : number;
 }
 
 // A namespace that is without a process as yet has no name. Source: pid_namespaces(7).

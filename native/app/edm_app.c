@@ -498,7 +498,8 @@ static void before_fork(void) {
         return;
     }
     int asked;
-    while ((asked = ask_handler(EDM_HELLO_BEFORE_FORK, NULL, 0)) < 0) {
+    int32_t status;
+    while ((asked = ask_handler(EDM_HELLO_BEFORE_FORK, NULL, 0, &status)) < 0) {
         struct timespec t = {0, 10000000};
         CALL(SYS_nanosleep, &t, 0, 0);
     }

@@ -97,11 +97,12 @@ int greet_handler(enum edm_hello_kind kind) {
     return -1;
 }
 
-int ask_handler(enum edm_hello_kind kind, const void *more, size_t n) {
+int ask_handler(enum edm_hello_kind kind, const void *more, size_t n, int32_t *status) {
     int s = greet_handler(kind), fd = -1;
-    struct edm_reply r;
+    struct edm_reply r = {0, 0};
     bool done = s >= 0 && (!n || send_message(s, more, n, NULL, 0) > 0) && receive_reply(s, &r, &fd);
     close_fd(fd);
+    *status = r.status;
     if (done)
         return s;
     close_fd(s);

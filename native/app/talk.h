@@ -13,9 +13,9 @@ long send_message(int s, const void *data, size_t n, const int *fds, int nfds);
 bool receive_reply(int s, struct edm_reply *r, int *fd);
 // Behind the hello; or -1.
 int greet_handler(enum edm_hello_kind kind);
-// The hello, with what belongs to it (or NULL), and the answer, without a descriptor. The connection, for what more
-// there is to say; -1: there was no answer.
-int ask_handler(enum edm_hello_kind kind, const void *more, size_t n);
+// The hello, with what belongs to it (or NULL), and the answer, of which the status is kept. The connection, for what
+// more there is to say; -1: there was no answer.
+int ask_handler(enum edm_hello_kind kind, const void *more, size_t n, int32_t *status);
 void close_fd(int fd);
 // High numbers, out of the way of programs that count on the next free descriptor while this is under way.
 int high_fd(int fd);

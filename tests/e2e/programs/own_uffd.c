@@ -389,6 +389,46 @@ static void moved(void) {
     munmap(to, PAGES * PAGE);
 }
 
+// Nothing can be put where no userfaultfd of the program has the memory, or has it no more.
+static uint64_t put_to(int fd, const char *p) {
+    static uint64_t page[512] = {1};
+    struct uffdio_copy copy = {.dst = place(p), .src = place(page), .len = PAGE};
+    struct uffdio_zeropage zero = {.range = {place(p), PAGE}};
+    struct uffdio_writeprotect protect = {{place(p), PAGE}, UFFDIO_WRITEPROTECT_MODE_WP};
+    struct {
+        unsigned long request;
+        void *argument;
+    } way[] = {{UFFDIO_WRITEPROTECT, &protect}, {UFFDIO_ZEROPAGE, &zero}, {UFFDIO_COPY, &copy}};
+    uint64_t done = 0;
+    for (int i = 0; i < COUNT(way); i++)
+        if (!ioctl(fd, way[i].request, way[i].argument))
+            done++;
+        else
+            MUST(errno == ENOENT || errno == EEXIST);
+    return done;
+}
+
+static void not_registered(void) {
+    char *p = area(PAGES), *other = area(PAGES);
+    int fd = open_uffd(0);
+    fill(other, 0, PAGES / 2, 1);
+    wait_until_captured(other);
+    add(fd, p, PAGES, MISSING);
+    for (uint64_t i = 0; i < 2; i++)
+        told("pages put elsewhere", put_to(fd, other + (PAGES - 1) * PAGE), 0);
+    told("pages put to its own", put_to(fd, p + 5 * PAGE), 1);
+    take_out(fd, p, PAGES);
+    wait_until_captured(p);
+    told("pages put to what was its own", put_to(fd, p + (PAGES - 1) * PAGE), 0);
+    leave();
+    look(other, 0, PAGES / 2, 1, "there");
+    look(other, PAGES / 2, PAGES / 2, 0, "not there");
+    look(p, PAGES - 1, 1, 0, "not there any more");
+    close(fd);
+    munmap(p, PAGES * PAGE);
+    munmap(other, PAGES * PAGE);
+}
+
 int main(int argc, char **argv) {
     static const struct step steps[] = {
         {"not_touched", not_touched},  // first: before any userfaultfd
@@ -400,6 +440,7 @@ int main(int argc, char **argv) {
         {"taken_in_turns", taken_in_turns},
         {"written_meanwhile", written_meanwhile},
         {"moved", moved},
+        {"not_registered", not_registered},
     };
     churn_start();
     int status = run_steps(steps, COUNT(steps), argc, argv);

@@ -7,8 +7,8 @@
 
 #define EDM_CTL_MAGIC 0x314c5443u /* CTL1 */
 #define EDM_CTL_BYTES (128 * 1024)
-#define EDM_WINDOWS 64                       /* of 64 pages each */
-#define EDM_STAGING_PAGES (EDM_WINDOWS * 64) /* addresses, most of them empty: a batch is far fewer pages */
+#define EDM_WINDOWS 16                       /* of 64 pages each */
+#define EDM_STAGING_PAGES (EDM_WINDOWS * 64) /* addresses, most of them empty; they count against an RLIMIT_AS */
 #define EDM_BATCH_PAGES 256                  /* at most so many pages move in one batch */
 #define EDM_HINTS 64                         /* of madvise, not yet looked at */
 #define EDM_SOCK_ENV "EDM_INTERNAL_SOCK"

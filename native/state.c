@@ -9,7 +9,7 @@
 
 #include "engine.h"
 
-#define STATE_VERSION 3
+#define STATE_VERSION 4
 
 static uint64_t whole_pages(uint64_t bytes) { return (bytes + PAGE_SIZE_ - 1) & ~(PAGE_SIZE_ - 1); }
 

@@ -16,6 +16,7 @@ import click
 
 from edm import __version__
 from edm.errors import EdmError
+from edm.launch.limits import lift_limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +35,8 @@ class _Commands(click.Group):
             return None
         if cmd_name == "dms":  # as for the processes of a run: see NO_THREADS in edm/launch/processes.py
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        if cmd_name == "run":  # before anything large is imported
+            lift_limits()
         command = importlib.import_module(f"{__name__}.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command

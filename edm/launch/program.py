@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from edm.launch.checks import CommandError
+from edm.launch.limits import impose_limits
 from edm.launch.signals import wait_signal
 
 if TYPE_CHECKING:
@@ -61,14 +62,15 @@ class Program:
         environment: Mapping[str, str],
         mask: Iterable[signal.Signals],
         user: User | None = None,
+        limits: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        if user is None:
+        if user is None and not limits:
             # Python ignores these two; a program expects the default.
             defaults = (signal.SIGPIPE, signal.SIGXFSZ)
             self.pid = os.posix_spawn(path, arguments, environment, setsigmask=mask, setsigdef=defaults)
         else:
-            self._process = _start_as(user, path, arguments, environment, set(mask))
+            self._process = _start_as(user, limits or {}, path, arguments, environment, set(mask))
             self.pid = self._process.pid
         self.started = time.monotonic()
         self._interrupts = 0
@@ -119,21 +121,31 @@ class Program:
 
 
 def _start_as(
-    user: User, path: str, arguments: list[str], environment: Mapping[str, str], mask: set[signal.Signals]
+    user: User | None,
+    limits: Mapping[int, tuple[int, int]],
+    path: str,
+    arguments: list[str],
+    environment: Mapping[str, str],
+    mask: set[signal.Signals],
 ) -> subprocess.Popen[bytes]:
+    def become_program() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        impose_limits(limits)
+
     try:
         return subprocess.Popen(
             arguments,
             executable=path,
-            env=user.environment(environment),
+            env=user.environment(environment) if user else environment,
             close_fds=False,
-            user=user.uid,
-            group=user.gid,
-            extra_groups=user.groups,
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),  # noqa: PLW1509 (as in Session._start)
+            user=user.uid if user else None,
+            group=user.gid if user else None,
+            extra_groups=user.groups if user else None,
+            preexec_fn=become_program,  # noqa: PLW1509 (as in Session._start)
         )
     except OSError as error:
-        raise CommandError(f"{path}: {(error.strerror or '').lower()} for user '{user.name}'", 126) from None
+        whose = f" for user '{user.name}'" if user else ""
+        raise CommandError(f"{path}: {(error.strerror or '').lower()}{whose}", 126) from None
 
 
 KEPT: Final[set[int]] = set()

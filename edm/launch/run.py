@@ -12,6 +12,7 @@ import attrs
 from edm.config.machine import memory_limit
 from edm.errors import EdmError, UsageError
 from edm.launch import checks
+from edm.launch.limits import impose_limits, lifted_limits
 from edm.launch.program import die_like
 from edm.launch.revival import roles_of
 from edm.launch.rundir import RunDir, make_run_dir
@@ -67,6 +68,7 @@ def _leave_job(config: Config, status: int) -> int:
 
 def _run_checked(config: Config, command: tuple[str, ...], wishes: Wishes) -> int:
     program = checks.find_program(command[0])
+    path = command[0] if "/" in command[0] else str(program)  # a script is told how it was called
     user = find_user(wishes.user) if wishes.user is not None else None
     try:
         checks.check_capturable(program, user)
@@ -76,7 +78,8 @@ def _run_checked(config: Config, command: tuple[str, ...], wishes: Wishes) -> in
         print(f"edm: warning: {error}", file=sys.stderr)
         if user is not None:
             user.become()
-        os.execv(program, command)  # noqa: S606 (the user's own command line)
+        impose_limits(lifted_limits())
+        os.execv(path, command)  # noqa: S606 (the user's own command line)
     if user is not None:
         checks.check_user(user, program, config)
     checks.check_budget(config)
@@ -95,8 +98,8 @@ def _run_checked(config: Config, command: tuple[str, ...], wishes: Wishes) -> in
         config = attrs.evolve(config, path=run_dir.files)
         config.write(run_dir.sockets / "config.json")
         if under_mpi:
-            return _run_as_rank(config, run_dir, str(program), command, wishes, user)
-        return _run_session(config, run_dir, str(program), command, wishes, make_plan(config, registry, run_dir), user)
+            return _run_as_rank(config, run_dir, path, command, wishes, user)
+        return _run_session(config, run_dir, path, command, wishes, make_plan(config, registry, run_dir), user)
     finally:
         if config.keep and run_dir.files.exists():
             run_dir.keep()

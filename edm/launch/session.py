@@ -17,6 +17,7 @@ import attrs
 from edm.errors import EdmError, UsageError
 from edm.launch import processes
 from edm.launch.control import Control, Event
+from edm.launch.limits import lifted_limits
 from edm.launch.program import Ending, Program, block_signals
 from edm.launch.revival import Revival, roles_of
 from edm.launch.signals import wait_signal
@@ -38,7 +39,7 @@ LEFT_BEHIND_S: Final = 3.0
 """So long what a program leaves behind is not told of: helpers end in a moment, once they see that it has gone."""
 TITLES: Final = {"dm-handler": "DM-Handler", "dms": "memory server"}
 PR_SET_CHILD_SUBREAPER: Final = 36
-LISTS: Final = ("LD_PRELOAD", "GLIBC_TUNABLES")
+LISTS: Final = ("LD_PRELOAD",)
 """Variables that are colon-separated lists: ours goes first, the user's stays."""
 
 
@@ -131,7 +132,7 @@ class Session:
         self, path: str, command: Sequence[str], tick: Callable[[Session], None], user: User | None = None
     ) -> Outcome:
         """Run the program to its end, as `user` if one is given. `tick` is called ten times a second."""
-        program = Program(path, list(command), self._environment(), self._mask, user)
+        program = Program(path, list(command), self._environment(), self._mask, user, lifted_limits())
         self._program_pid = program.pid
         strays = Strays(program.pid)
         peak = 0

@@ -28,6 +28,7 @@
 #include "../uffd_abi.h"
 #include "bring.h"
 #include "calls.h"
+#include "heap.h"
 #include "hints.h"
 #include "libc.h"
 #include "own.h"
@@ -519,6 +520,7 @@ static void after_fork_in_child(void) {
     captured = false;
     if (restricted())
         return;
+    heap_mine();
     if (no_forks || hand_over(EDM_HELLO_FORK, anchor_page) == 1)
         hand_over(EDM_HELLO_NEW, 0);
 }
@@ -548,6 +550,8 @@ __attribute__((constructor)) static void edm_app_start(void) {
         return;
     CALL6(SYS_prctl, PR_SET_THP_DISABLE, 1, 0, 0, 0, 0);
     free_to_call = !filtered();
-    if (hand_over(EDM_HELLO_NEW, 0) == 0)
-        at_fork(before_fork, after_fork_in_parent, after_fork_in_child);
+    if (hand_over(EDM_HELLO_NEW, 0))
+        return;
+    at_fork(before_fork, after_fork_in_parent, after_fork_in_child);
+    heap_begin();
 }

@@ -1,8 +1,8 @@
 // glibc's heap grows in steps of 64 MiB: what is new beside registered memory is a mapping of its own, and is filled
 // ahead of the program where it is large (measured: sqlite3 58 mappings instead of 650, and malloc of small blocks in
-// 0.6 to 0.9 of the time). As it no longer learns, once it is told, which blocks a program frees and allocates again, it
-// is told what it would have learnt at most, and keeps what is free at the top so that the step is not taken again with
-// every block. Source: mallopt(3), M_MMAP_THRESHOLD.
+// 0.6 to 0.9 of the time). As it no longer learns, once it is told, which blocks a program frees and allocates again,
+// it is told what it would have learnt at most, and keeps what is free at the top so that the step is not taken again
+// with every block. Source: mallopt(3), M_MMAP_THRESHOLD.
 //
 // Nothing of this where the program's memory is limited: of an RLIMIT_AS of 200 MiB it would have 128. A limit that it
 // sets itself later has the step given back.

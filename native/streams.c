@@ -23,6 +23,24 @@ static bool goes_on(const struct stream *s, uint64_t page) {
     return off == 0;
 }
 
+static void judge(struct streams *t) {
+    if (t->brought < JUDGED_AFTER)
+        return;
+    if (t->useful * 2 < t->brought)
+        t->most = (t->most + 1) / 2;
+    else if (t->useful * 8 > t->brought * 5)
+        t->most = t->most * 2 < STREAM_MOST ? t->most * 2 : STREAM_MOST;
+    t->brought = t->useful = 0;
+}
+
+// What was brought ahead of a stream that stopped there was brought for nothing, as far as anyone can tell.
+static void gone_wrong(struct streams *t, struct stream *s) {
+    t->brought += s->ahead;
+    t->total_brought += s->ahead;
+    s->ahead = 0;
+    judge(t);
+}
+
 static struct stream *find(struct streams *t, uint32_t thread, uint64_t page, bool *on) {
     struct stream *near = NULL, *oldest = &t->stream[0];
     *on = true;
@@ -39,29 +57,13 @@ static struct stream *find(struct streams *t, uint32_t thread, uint64_t page, bo
             near = s;
     }
     *on = false;
-    // A neighbour that leads nowhere yet may be where a stream begins; one that goes its way is left alone.
+    // A neighbour that leads nowhere yet may be where a stream begins; one that goes its way is left alone, until
+    // others have taken its place.
     if (near && !near->ahead)
         return near;
+    gone_wrong(t, oldest);
     *oldest = (struct stream){.thread = thread};
     return oldest;
-}
-
-static void judge(struct streams *t) {
-    if (t->brought < JUDGED_AFTER)
-        return;
-    if (t->useful * 2 < t->brought)
-        t->most = t->most > 2 ? t->most / 2 : 1;
-    else if (t->useful * 4 > t->brought * 3 && t->most < STREAM_MOST)
-        t->most *= 2;
-    t->brought = t->useful = 0;
-}
-
-// What was brought ahead of a stream that stopped there was brought for nothing, as far as anyone can tell.
-static void gone_wrong(struct streams *t, struct stream *s) {
-    t->brought += s->ahead;
-    t->total_brought += s->ahead;
-    s->ahead = 0;
-    judge(t);
 }
 
 struct stream *stream_fault(struct streams *t, uint32_t thread, uint64_t page) {
@@ -78,7 +80,6 @@ struct stream *stream_fault(struct streams *t, uint32_t thread, uint64_t page) {
         judge(t);
         s->window = s->window ? s->window * 2 : 2;
     } else if (s->used) {
-        gone_wrong(t, s);
         bool again = step == s->step;
         s->stride = llabs(step) == 1 || again ? step : 0;
         s->window = s->stride ? 2 : 0;

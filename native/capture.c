@@ -17,6 +17,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#define ALONE_US 20000      // between two looks while there is no program: at the end of a run it is waited for
 #define HANDSHAKE_MS 10000  // a program that says nothing this long while handing over is let go uncaptured
 
 static bool send_reply(int s, int32_t status, int fd) {
@@ -409,7 +410,7 @@ static uint64_t look_again_us(struct edm_engine *g, bool busy) {
     bool alone = !g->nspaces && !g->handshakes;
     pthread_mutex_unlock(&g->mu);
     if (alone)
-        return 100000;
+        return ALONE_US;
     return busy && g->cfg.sweep_us > 1000 ? 1000 : g->cfg.sweep_us;
 }
 

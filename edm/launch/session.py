@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 READY_S: Final = 60.0
 TICK_S: Final = 0.1
+FIRST_TICK_S: Final = 0.005
+"""Between the first two looks for what a program left behind: mostly the DM-Handler has not noticed its end yet."""
 END_S: Final = 20.0
 LAST_WORD_S: Final = 2.0
 LEFT_BEHIND_S: Final = 3.0
@@ -367,7 +369,7 @@ class Session:
 
     def _wait_for_descendants(self, ending: Ending) -> None:
         """Processes the program left behind have their pages here: we stay as long as they do."""
-        said, since, asked = False, time.monotonic(), ending.asked
+        said, since, asked, tick_s = False, time.monotonic(), ending.asked, FIRST_TICK_S
         while True:
             # The DM-Handler does not know a program between its exec and its hand-over; its environment tells.
             pids = self._captured() or self._captured_last()
@@ -383,7 +385,8 @@ class Session:
                     f"({', '.join(map(str, pids[:5]))}); Ctrl-C ends them",
                     file=sys.stderr,
                 )
-            info = wait_signal((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD), TICK_S)
+            info = wait_signal((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD), tick_s)
+            tick_s = min(2 * tick_s, TICK_S)
             if info is not None and info.si_signo != signal.SIGCHLD:
                 asked, since = True, time.monotonic()
             processes.reap()

@@ -4,10 +4,10 @@
 
 // How many pages may come: never into what waiting faults need, and never at the price of a page that is in use.
 static uint32_t room_ahead(const struct edm_engine *g) {
-    uint64_t used = local_pages(g) + 1;
-    if (g->waiting.n || (g->limit && used >= g->limit))
+    uint64_t used = local_pages(g) + 1, limit = local_most(g);
+    if (g->waiting.n || (limit && used >= limit))
         return 0;
-    return g->limit && g->limit - used < MAX_FETCH ? (uint32_t)(g->limit - used) : MAX_FETCH;
+    return limit && limit - used < MAX_FETCH ? (uint32_t)(limit - used) : MAX_FETCH;
 }
 
 static struct stream *stream_of(struct edm_engine *g, struct fault f) {

@@ -60,11 +60,11 @@ static bool wanted(const struct space *s, uint64_t page, uint32_t op, uint32_t *
 // How many pages may be brought now. The others are asked for again: nobody's fault waits for them, and what waits in
 // the queue would push out what has just come. One at least, for the LPET to know that somebody waits.
 static uint64_t room_now(struct edm_engine *g) {
-    uint64_t used = local_pages(g);
-    if (!g->limit)
+    uint64_t used = local_pages(g), limit = local_most(g);
+    if (!limit)
         return EDM_ASK_PAGES;
-    if (used < g->limit && !g->waiting.n)
-        return g->limit - used;
+    if (used < limit && !g->waiting.n)
+        return limit - used;
     pthread_cond_signal(&g->lpet_wake);
     return g->waiting.n ? 0 : 1;
 }

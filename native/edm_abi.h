@@ -67,7 +67,7 @@ struct edm_counters {
     uint64_t again;          /* ioctls the kernel put off with EAGAIN */
     uint64_t stale;          /* answers that no longer matched; asked again */
     uint64_t lost;           /* pages no copy of which could be had: poisoned */
-    uint64_t over_limit;     /* faults let through above the limit since nothing could be evicted */
+    uint64_t over_limit;     /* faults let through above the limit since too much cannot be evicted */
     uint64_t waited;         /* faults that waited for room */
     uint64_t events_fork;
     uint64_t events_remap;

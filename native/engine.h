@@ -75,10 +75,12 @@ struct leaf {
     struct leaf *older, *newer;  // the LPET's queue: see policy.c
     uint64_t base;               // page number of entry 0
     uint64_t resident;           // bitmap of PS_RESIDENT entries
-    uint64_t refused;            // bitmap: the kernel would not move these (pinned, locked) lately
+    uint64_t refused;            // bitmap: the kernel would not move these when last asked; see refused.c
     uint32_t left_at;            // the engine's `evicted` when a page of it left last; 0: none has
-    uint16_t refused_at;         // milliseconds, when they refused
-    uint8_t queue;
+    uint16_t refused_at;         // milliseconds, when all of those had been asked for last
+    uint16_t refusals : 3;       // how often in a row they were
+    uint16_t retry : 6;          // before this page they have been asked for again
+    uint16_t queue : 4;
     bool listed : 1;
     bool moving : 1;  // pages of it are moving out: none may be installed meanwhile
     struct lspt_entry e[LEAF_PAGES];
@@ -350,6 +352,7 @@ struct edm_engine {
     uint64_t resident, inbound, limit, high, low, batch_pages;
     uint64_t put_off;  // pages of the spaces that wait to be registered: see growth.c
     uint64_t grace;    // faults let through above the limit since nothing could be evicted
+    uint64_t refused;  // resident pages that would not move when last asked
 
     struct leaf_queue {
         struct leaf *coldest, *hottest;
@@ -571,6 +574,12 @@ struct move_batch *batch_new(void);
 void batch_free(struct move_batch *b);
 bool page_is_zero(const uint8_t *page);
 
+// ---- refused.c: pages the kernel would not move
+uint64_t refused_lately(const struct leaf *l);  // bitmap: not to be asked for yet
+void refused_note(struct edm_engine *g, struct leaf *l, uint64_t mask);
+void refused_forget(struct edm_engine *g, struct leaf *l, uint64_t bit);
+uint64_t refused_over(const struct edm_engine *g);
+
 // ---- reclaim.c (LPET)
 void *lpet_thread(void *engine);
 bool can_move_out(const struct space *s);
@@ -674,5 +683,8 @@ static inline bool space_own_uffd(const struct space *s) {
 
 // What counts against the budget.
 static inline uint64_t local_pages(const struct edm_engine *g) { return g->resident + g->inbound + g->put_off; }
+
+// … and what may, with what cannot leave.
+static inline uint64_t local_most(const struct edm_engine *g) { return g->limit ? g->limit + refused_over(g) : 0; }
 
 static inline bool space_asks(const struct space *s) { return s->asks || s->engine->cfg.ask; }

@@ -12,12 +12,16 @@
 #define STATUS_ERROR 2  // edm.types.GetStatus
 #define STATUS_LOST 3
 
-static bool room(const struct edm_engine *g, const struct space *s, uint64_t page) {
-    return !g->limit || local_pages(g) < g->limit + g->grace || space_whole(s) || ranges_has(&s->wanted, page);
+static bool room(struct edm_engine *g, const struct space *s, uint64_t page) {
+    if (!g->limit || local_pages(g) < g->limit || space_whole(s) || ranges_has(&s->wanted, page))
+        return true;
+    bool let_in = local_pages(g) < local_most(g) + g->grace;
+    g->count.over_limit += let_in;
+    return let_in;
 }
 
 static void over_high(struct edm_engine *g) {
-    if (g->high && local_pages(g) > g->high)
+    if (g->high && local_pages(g) > g->high + refused_over(g))
         pthread_cond_signal(&g->lpet_wake);
 }
 
@@ -300,9 +304,12 @@ void fault_take(struct edm_engine *g, int worker, struct fault f) {
             settle(g, f, r, "unprotect");
         return;
     }
-    if (f.flags & FAULT_AHEAD && (state_new(state) || !room(g, s, f.page)))
-        return;  // it was a hint
+    bool hint = f.flags & FAULT_AHEAD;
+    if (hint && state_new(state))
+        return;
     if (!room(g, s, f.page)) {
+        if (hint)
+            return;
         g->count.waited++;
         queue_fault(&g->waiting, f);
         pthread_cond_signal(&g->lpet_wake);

@@ -30,7 +30,7 @@ bool foreign_waits(const struct edm_engine *g) {
 static bool perhaps_untouched(struct space *s, struct leaf *l, int i) {
     uint64_t page = l->base + (uint64_t)i;
     uint8_t bytes[PAGE_SIZE_];
-    bool stays = l->refused & 1ull << i || ranges_has(&s->exits, page) || ranges_has(&s->stack_tops, page) ||
+    bool stays = refused_lately(l) & 1ull << i || ranges_has(&s->exits, page) || ranges_has(&s->stack_tops, page) ||
                  ranges_has(&s->given, page);
     return !stays && space_peek(s, page << PAGE_SHIFT, bytes, sizeof bytes) && page_is_zero(bytes);
 }

@@ -77,7 +77,7 @@ static void hints_read(struct edm_engine *g, struct space *s, uint32_t next, boo
 static void bring(struct edm_engine *g, struct space *s) {
     uint64_t used = local_pages(g) + g->ready.n, most = BRING_AT_ONCE;
     if (g->limit)
-        most = used < g->limit && !g->waiting.n ? (g->limit - used) / 2 : 0;
+        most = used < local_most(g) && !g->waiting.n ? (local_most(g) - used) / 2 : 0;
     most = most < s->needed_most ? most : s->needed_most;
     most = most < BRING_AT_ONCE ? most : BRING_AT_ONCE;
     uint64_t n = 0, at = s->needed.a;

@@ -85,7 +85,7 @@ static void stage(struct edm_engine *g, struct leaf *l, int i, uint32_t slot, ui
 
 // A page that did not move. Where all that could move did, one that was not refused is not there: it had come after a
 // REMOVE event and before what that told of, and went with it.
-static void stays(struct edm_engine *g, struct leaf *l, const struct move_window *w, int i, bool all) {
+static void stays(struct leaf *l, struct move_window *w, int i, bool all) {
     struct lspt_entry *e = &l->e[i];
     uint64_t bit = 1ull << i;
     if (all && !(w->busy & bit)) {
@@ -101,10 +101,7 @@ static void stays(struct edm_engine *g, struct leaf *l, const struct move_window
     if ((w->busy & w->clean & bit) && l->space->ops->unprotect(l->space, l->base + (uint64_t)i) == 0) {
         // Shared since a fork, and write-protected: as a dirty page it can be unshared and moved next time.
         e->flags &= ~PF_CLEAN;
-    } else if (w->busy & bit) {
-        l->refused |= bit;
-        l->refused_at = (uint16_t)(now_ns() / 1000000u);
-        g->count.move_refused++;
+        w->busy &= ~bit;
     }
 }
 
@@ -145,9 +142,11 @@ static uint64_t window_apply(struct edm_engine *g, struct move_batch *b, uint32_
                 ++*read;
             }
         } else if (w->mask & bit) {
-            stays(g, l, w, i, all);
+            stays(l, w, i, all);
         }
     }
+    if (w->busy & w->mask)
+        refused_note(g, l, w->busy & w->mask);
     l->moving = false;
     if (!l->resident)
         leaf_unlist(g, l);

@@ -30,7 +30,7 @@ static void leaf_enlist(struct edm_engine *g, struct leaf *l, uint32_t queue) {
     l->older = q->hottest;
     *(q->hottest ? &q->hottest->newer : &q->coldest) = l;
     q->hottest = l;
-    l->queue = (uint8_t)queue;
+    l->queue = queue % EDM_POLICY_QUEUES;
     l->listed = true;
     q->pages += leaf_pages(l);
 }

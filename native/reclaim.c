@@ -10,8 +10,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define REFUSED_MS 20    // a page the kernel would not move is left alone this long
-#define SCAN_LEAVES 512  // leaves looked at for one batch
+#define SCAN_LEAVES 512    // leaves looked at for one batch
+#define REST_NS 20000000u  // unless it is woken
+#define ROUND_NS 500000u   // … while it does not get on
+#define STUCK_NS 2000000u  // then faults are let in, one a round
 
 static uint64_t at_most(uint64_t x, uint64_t most) { return x < most ? x : most; }
 static uint64_t at_least(uint64_t x, uint64_t least) { return x > least ? x : least; }
@@ -53,14 +55,10 @@ static uint64_t recent_mask(const struct edm_engine *g, const struct leaf *l) {
     return mask;
 }
 
-static uint32_t now_ms(void) { return (uint32_t)(now_ns() / 1000000u); }
-
 // Pages that may leave, and in *pass those that are not there: one move may reach across them.
 static uint64_t evictable(struct edm_engine *g, struct leaf *l, const struct ranges *excluded, uint64_t *pass) {
-    if (l->refused && (uint16_t)(now_ms() - l->refused_at) > REFUSED_MS)
-        l->refused = 0;
     *pass = 0;
-    uint64_t mask = l->resident & ~l->refused & ~recent_mask(g, l);
+    uint64_t mask = l->resident & ~refused_lately(l) & ~recent_mask(g, l);
     if (!mask)
         return 0;
     uint64_t inside = ranges_mask(&l->space->known, l->base);
@@ -202,11 +200,10 @@ static uint64_t reclaim_once(struct edm_engine *g, uint64_t want) {
 static void admit(struct edm_engine *g, uint32_t at_all_costs) {
     struct fault f;
     uint32_t n = g->waiting.n;
-    while (n-- > 0 && (at_all_costs || local_pages(g) < g->limit) && queue_pop(&g->waiting, &f)) {
-        if (at_all_costs && local_pages(g) >= g->limit) {
+    while (n-- > 0 && (at_all_costs || local_pages(g) < local_most(g)) && queue_pop(&g->waiting, &f)) {
+        if (local_pages(g) >= local_most(g)) {
             at_all_costs--;
             g->grace++;
-            g->count.over_limit++;
         }
         if (f.space->applying && !f.space->dead)
             queue_fault(&g->waiting, f);
@@ -214,7 +211,7 @@ static void admit(struct edm_engine *g, uint32_t at_all_costs) {
             fault_take(g, -1, f);
         space_unref(f.space);
     }
-    if (local_pages(g) < g->limit)
+    if (local_pages(g) < local_most(g))
         g->grace = 0;
 }
 
@@ -227,37 +224,46 @@ static void lpet_sleep(struct edm_engine *g, uint64_t ns) {
 void *lpet_thread(void *engine) {
     struct edm_engine *g = engine;
     prctl(PR_SET_NAME, "edm-lpet", 0, 0, 0);
-    uint32_t idle_rounds = 0;
+    uint64_t stuck_since = 0;  // nothing has left since
     bool evicting = false;
     pthread_mutex_lock(&g->mu);
     while (!atomic_load(&g->stop)) {
         idle_rest(g);
-        uint64_t used = local_pages(g);
-        if (g->high && (used > g->high || g->waiting.n))
+        uint64_t used = local_pages(g), low = g->low + refused_over(g), refused = g->count.move_refused;
+        if (g->high && (used > g->high + refused_over(g) || g->waiting.n))
             evicting = true;
-        if (used <= g->low && !g->waiting.n)
+        if (used <= low && !g->waiting.n)
             evicting = false;
         if (!evicting && !g->page_out && !foreign_waits(g)) {
-            lpet_sleep(g, 20000000);
+            lpet_sleep(g, REST_NS);
             continue;
         }
         bool full = g->slots_used >= g->nslots;
-        uint64_t want = at_least(evicting && used > g->low ? used - g->low : 0, g->page_out);
+        uint64_t want = at_least(evicting && used > low ? used - low : 0, g->page_out);
         g->reclaim_round++;
         uint64_t freed = full ? 0 : reclaim_once(g, at_least(want, at_most(g->waiting.n, g->batch_pages)));
         if (!full)
             g->page_out = freed ? g->page_out - at_most(freed, g->page_out) : 0;
         admit(g, 0);
         if (freed) {
-            idle_rounds = 0;
+            stuck_since = 0;
             continue;
         }
         // A full buffer means a slow memory server: faults wait for it. Otherwise nothing can leave (pinned, locked,
-        // mid-move): let a fault through rather than hang the program.
-        if (!full && ++idle_rounds > 4 && g->waiting.n)
+        // mid-move): let a fault through rather than hang the program. What has just been found not to move is left
+        // alone from now on, and others may.
+        uint64_t now = now_ns();
+        if (full || !stuck_since)
+            stuck_since = now;
+        bool stuck = now - stuck_since >= STUCK_NS;
+        if (stuck && g->waiting.n) {
             admit(g, 1);
+            stuck_since = now - STUCK_NS + ROUND_NS;
+        }
+        if (g->count.move_refused != refused)
+            continue;
         g->slot_wanted = full;
-        lpet_sleep(g, idle_rounds > 4 && !g->waiting.n ? 20000000 : 500000);
+        lpet_sleep(g, stuck && !g->waiting.n ? REST_NS : ROUND_NS);
         g->slot_wanted = false;
     }
     pthread_mutex_unlock(&g->mu);

@@ -105,7 +105,6 @@ void entry_resident(struct space *s, struct leaf *l, struct lspt_entry *e, uint6
     }
     e->state = PS_RESIDENT;
     e->where = 0;
-    l->refused &= ~bit;
     leaf_arrived(g, l, back);
 }
 
@@ -142,6 +141,7 @@ void entry_leave(struct leaf *l, struct lspt_entry *e) {
     uint64_t bit = 1ull << (e - l->e);
     if (!(l->resident & bit))
         return;
+    refused_forget(l->space->engine, l, bit);
     l->resident &= ~bit;
     l->space->engine->queue[l->queue].pages -= l->listed;
     l->space->resident--;

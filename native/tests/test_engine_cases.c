@@ -141,6 +141,43 @@ static void pinned_pages_let_faults_through(void) {
     finish();
 }
 
+static uint64_t milliseconds(void) { return now_ns() / 1000000; }
+
+// A budget that what cannot leave has used up: there is a part of it for the others all the same, and those that
+// refuse are asked less and less often.
+static void pages_that_refuse_leave_room_for_others(void) {
+    static const struct edm_engine_config config = {.local_pages = 256, .write_back_pages = 64, .track_writes = true};
+    begin_pages(config, 1024);
+    uint64_t limit = counters().limit_pages, part = limit / 8, began = milliseconds();
+    CHECK(edm_replay_pin(program, 0, limit, 1) == 0);
+    write_all(limit);
+    uint64_t over = counters().over_limit, most = 0;
+    for (uint64_t round = 0; round < 2 || milliseconds() - began < 500; round++) {
+        for (uint64_t i = limit; i < 1024; i++)
+            write_page(i, i + round);
+        for (uint64_t i = limit; i < 1024; i++) {
+            CHECK(read_page(i) == i + round);
+            most = round && counters().resident > most ? counters().resident : most;
+        }
+    }
+    CHECK(counters().over_limit > over && most > limit && most <= limit + part + 1);
+    uint64_t lasted = milliseconds() - began, tries = 2;
+    for (uint64_t rest = 20; lasted > rest; tries++) {
+        lasted -= rest;
+        rest = rest < 2560 ? 2 * rest : rest;
+    }
+    printf("%" PRIu64 " refused, %" PRIu64 " tries\n", counters().move_refused, tries);
+    CHECK(counters().move_refused >= limit && counters().move_refused <= limit * tries);
+    // Each of them is asked again, and leaves when it can.
+    CHECK(edm_replay_pin(program, 0, limit, 0) == 0);
+    for (uint64_t i = limit; edm_replay_present(program) > limit || counters().resident > counters().high_pages; i++)
+        write_page(limit + i % (1024 - limit), 1);
+    for (uint64_t i = 0; i < limit; i++)
+        CHECK(read_page(i) == i + 1);
+    CHECK(counters().resident <= limit);
+    finish();
+}
+
 static void clean_page_is_dropped_without_a_write(void) {
     begin(small);
     write_all(64);
@@ -477,6 +514,7 @@ int main(int argc, char **argv) {
         CASE(full_buffer_makes_faults_wait),
         CASE(staged_page_is_rescued_while_its_write_is_under_way),
         CASE(pinned_pages_let_faults_through),
+        CASE(pages_that_refuse_leave_room_for_others),
         CASE(clean_page_is_dropped_without_a_write),
         CASE(zero_page_is_not_stored),
         CASE(stream_is_brought_ahead),

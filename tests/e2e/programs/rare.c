@@ -147,6 +147,42 @@ static void made_code(void) {
     munmap(p, PAGES * PAGE);
 }
 
+static char *barred;
+static volatile uint64_t noticed;
+#define BARRED (3 * PAGES)
+
+static void on_barred(int number, siginfo_t *info, void *context) {
+    (void)context;
+    uint64_t page = (uint64_t)((char *)info->si_addr - barred) / PAGE;
+    if (page >= BARRED || mprotect(barred + page * PAGE, PAGE, PROT_READ | PROT_WRITE))
+        signal(number, SIG_DFL);
+    noticed++;
+}
+
+// As incremental collectors do: all is protected, and the first write to each page is heard of; more than may be here.
+static void write_barrier(void) {
+    struct sigaction act = {.sa_sigaction = on_barred, .sa_flags = SA_SIGINFO}, old;
+    MUST(!sigaction(SIGSEGV, &act, &old));
+    barred = area(BARRED);
+    fill(barred, 0, BARRED, 1);
+    for (uint64_t round = 0; round < 4; round++) {
+        MUST(!mprotect(barred, BARRED * PAGE, PROT_READ));
+        leave();
+        noticed = 0;
+        for (uint64_t i = round % 3; i < BARRED; i += 3)
+            fill(barred, i, 1, 2 + round);
+        if (noticed != PAGES)
+            WRONG("%lu pages were heard of, of %lu", (unsigned long)noticed, PAGES);
+        leave();
+        for (uint64_t i = 0; i < BARRED; i++) {
+            uint64_t ago = (round + 3 - i % 3) % 3;
+            look(barred, i, 1, ago > round ? 1 : 2 + round - ago, "written or not");
+        }
+    }
+    MUST(!sigaction(SIGSEGV, &old, NULL));
+    munmap(barred, BARRED * PAGE);
+}
+
 static void growing_down(void) {
     char *top = area(1024) + 1000 * PAGE;
     MUST(!munmap(top - 1000 * PAGE, 1024 * PAGE));
@@ -341,6 +377,7 @@ int main(int argc, char **argv) {
         {"own_stacks", own_stacks},
         {"coroutines", coroutines},
         {"made_code", made_code},
+        {"write_barrier", write_barrier},
         {"growing_down", growing_down},
         {"clone_outlives", clone_outlives},
         {"vfork_outlives", vfork_outlives},

@@ -30,6 +30,7 @@ static void asked_again(struct leaf *l, uint64_t mask) {
 // Of those that were asked for, the pages of `mask` would not move. A batch may have room for a few of a leaf only:
 // their rest lasts from when the last of them has been asked for, so that all of them are.
 void refused_note(struct edm_engine *g, struct leaf *l, uint64_t mask) {
+    mask &= l->resident;
     uint64_t again = mask & l->refused, first = mask & ~l->refused;
     if (again)
         asked_again(l, again);

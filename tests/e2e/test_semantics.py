@@ -20,11 +20,12 @@ pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 SOAK_S = float(os.environ.get("EDM_SOAK_S", "600"))
 WAYS = [("inproc", "memory"), ("zmq", "file"), ("mpi", "file"), ("zmq", "lmdb")]
 SUITES = {
-    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare", "remaps"), "1M"),
+    **dict.fromkeys(("tree", "spaces", "kernel", "signals", "placed", "newer", "rare", "remaps", "unusual"), "1M"),
     **dict.fromkeys(("own_uffd", "executable", "reached"), "1M"),
     "uring": "2M",
 }
 """Program → its local memory: a quarter of what it needs, or less; what uring registers must fit into it."""
+SUITE_NAMES = [pytest.param(name, marks=pytest.mark.soak) if name == "unusual" else name for name in SUITES]
 NO_URING = 77
 RUNS = 4
 """At most, until it was evicted all the while: some take 35 ms, and a machine may stand still for as long."""
@@ -60,14 +61,14 @@ def check(edm, program, name, report, *, budget, transport="inproc", store="memo
     return counters
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", SUITE_NAMES)
 def test_every_step_is_as_without_edm(edm, program, tmp_path, name):
     counters = check(edm, program, name, tmp_path / "r.json", budget=SUITES[name])
     assert (counters["given"] > 0) == (name == "own_uffd")
     assert edm.left_behind() == ({}, [])
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", SUITE_NAMES)
 def test_every_step_fails_on_a_wrong_byte(program, name):
     steps = steps_of(plain(program, name).stdout)
     assert steps
@@ -212,6 +213,6 @@ def always_huge():
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("always_huge")
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", SUITE_NAMES)
 def test_every_step_is_as_without_edm_where_all_memory_may_be_huge(edm, program, tmp_path, name):
     check(edm, program, name, tmp_path / "r.json", budget=SUITES[name])

@@ -119,10 +119,12 @@ class Watch:
     """Samples the tree below `pid` until closed. peak_bytes: the largest sum of anonymous memory seen at once.
 
     largest: with `detail`, the process (not `pid` itself) that had most, here and away, at that moment.
+    evicted: whether any of it may be away; its DM-Handler is asked then, which hears later than the program does what
+    that has let go of.
     """
 
-    def __init__(self, pid, *, detail=False, every_s=0.004):
-        self._pid, self._detail, self._every_s = pid, detail, every_s
+    def __init__(self, pid, *, detail=False, evicted=False, every_s=0.004):
+        self._pid, self._detail, self._evicted, self._every_s = pid, detail, evicted, every_s
         self.peak_bytes = 0
         self.largest = Memory(0, "", 0, 0, 0)
         self._askers = Askers()
@@ -142,7 +144,8 @@ class Watch:
             memory = memory_of(pid) if pid != self._pid else None
             if not memory:
                 continue
-            memory = attrs.evolve(memory, away=self._away_bytes(pid, memory))
+            if self._evicted:
+                memory = attrs.evolve(memory, away=self._away_bytes(pid, memory))
             if memory.all >= self.largest.all:
                 self.largest = memory
 

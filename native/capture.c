@@ -96,7 +96,7 @@ int space_attach(struct space *s, struct edm_ctl *c, int ctl_fd, int pid) {
     s->ctl_fd = ctl_fd;
     s->state->ctl[s->engine->turn] = ctl_fd;
     s->pid = s->state->pid = pid;
-    s->inner = c->app_pid != pid;
+    s->apart = s->state->apart = c->app_pid != pid ? process_apart(pid) : 0;
     s->staging = c->staging;
     memcpy(c->sock, s->engine->sock, sizeof c->sock);
     c->handler_pid = getpid();
@@ -148,15 +148,15 @@ static int parent_of(int pid) {
     return p && sscanf(p + 1, " %*c %d", &parent) == 1 ? parent : 0;
 }
 
-// The child that says that it is `pid` here and `own` for itself. The number that came with its first fault is the one
-// of its own PID namespace, where others may have the same.
+// The child that says that it is `pid` here and `own` for itself. Where it was not found here when it faulted first,
+// the number that came with that is the one of its own PID namespace; others may have the same in theirs.
 static struct space *child_of(struct edm_engine *g, int pid, int own, int parent) {
     struct space *s = space_of_pid(g, pid), *orphan = NULL;
     if (own == pid || s)
         return s;
     for (uint32_t i = 0; i < g->nspaces; i++) {
         s = g->space[i];
-        if (s->dead || !s->inner || s->own != own || s->uffd < 0 || !s->forked || s->ready || s->ctl || !s->parent)
+        if (s->dead || !s->apart || s->own != own || s->uffd < 0 || !s->forked || s->ready || s->ctl || !s->parent)
             continue;
         if (s->parent->pid == parent)
             return s;

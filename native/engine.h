@@ -219,7 +219,7 @@ struct space {
     struct ranges blank;     // adopted: of what is wanted, what the DMS has nothing of
     struct range untouched;  // of what was filled ahead there, pages of zeros are to leave
     bool giving, own_uffd;
-    bool inner;  // in a PID namespace that is not ours; own: its number there, 0: not known, or no more needed
+    uint32_t apart;  // its PID namespace, if that is not ours; own: its number there, where it was not found here
     int own;
     uint32_t stacks_seen, stacks_told;
     bool making_whole;  // for a fork, see whole.c; asked for so often by then
@@ -523,9 +523,13 @@ void whole_look(struct edm_engine *g, struct space *s);
 // takes over must know as well.
 static inline bool space_whole(const struct space *s);
 
-// ---- namespaces.c: whether children of a process have other numbers for themselves than here; and the number here of
-// one that has `number` for the program `pid`, 0: there is none.
-bool children_apart(int pid);
+// ---- namespaces.c: the PID namespace that a process is in, or its children will be in; 0: ours
+#define APART_SOMEWHERE 1u  // not ours, and without a number as yet
+uint32_t process_apart(int pid);
+uint32_t children_apart(int pid);
+// The number here of one that has `number` there, or of one that has it for the program `pid`; 0: there is none. It is
+// looked for among the children of `parent` first.
+int process_here(int parent, uint32_t apart, int number);
 int number_here(int pid, int number);
 // The process that a thread of that number is one of; `number` itself, where there is none.
 int process_of_thread(int number);

@@ -168,10 +168,11 @@ static void events_clear(struct space *s, uint32_t n) {
 // nothing of, and never come: what was not copied for it is found out now.
 static void first_fault(struct space *s, const struct uffd_msg *m) {
     int number = (int)m->arg.pagefault.feat.ptid;
-    if (s->inner)
-        s->own = number;
+    if (s->apart)
+        s->pid = s->state->pid = process_here(s->parent ? s->parent->pid : 0, s->apart, number);
     else
         s->pid = s->state->pid = number;
+    s->own = s->pid ? 0 : number;
     if (s->forked && page_of(m->arg.pagefault.address) != page_of(s->anchor))
         space_prune_unmapped(s);
 }

@@ -10,18 +10,15 @@
 
 #include "engine.h"
 
-struct name {
-    char of[64];
-};
-
-// "pid": the one that a process is in; "pid_for_children". Empty where that may not be seen.
-static struct name namespace_of(int pid, const char *which) {
-    char path[48];
-    struct name name = {""};
+// The number of the one that a process is in ("pid"), or its children will be ("pid_for_children"): "pid:[4026531836]".
+// 0, with errno, where that may not be seen, or where there is nobody in it as yet. Source: namespaces(7).
+static uint32_t namespace_of(int pid, const char *which) {
+    char path[48], name[64];
     snprintf(path, sizeof path, "/proc/%d/ns/%s", pid, which);
-    ssize_t n = readlink(path, name.of, sizeof name.of - 1);
-    name.of[n > 0 ? n : 0] = 0;
-    return name;
+    ssize_t n = readlink(path, name, sizeof name - 1);
+    name[n > 0 ? n : 0] = 0;
+    const char *number = strchr(name, '[');
+    return number ? (uint32_t)strtoul(number + 1, NULL, 10) : 0;
 }
 
 // A line of a process's or a thread's status, without its name, that ends at its end. Source: proc_pid_status(5).
@@ -52,26 +49,61 @@ int process_of_thread(int number) {
     return process ? atoi(process) : number;
 }
 
-// A namespace that is without a process as yet has no name. Source: pid_namespaces(7).
-bool children_apart(int pid) {
-    struct name theirs = namespace_of(pid, "pid_for_children");
-    if (!*theirs.of)
-        return errno == ENOENT && *namespace_of(pid, "pid").of;
-    return strcmp(theirs.of, namespace_of(getpid(), "pid").of) != 0;
+uint32_t children_apart(int pid) {
+    uint32_t theirs = namespace_of(pid, "pid_for_children");
+    if (!theirs)
+        return errno == ENOENT && namespace_of(pid, "pid") ? APART_SOMEWHERE : 0;
+    return theirs == namespace_of(getpid(), "pid") ? 0 : theirs;
 }
 
-int number_here(int pid, int number) {
-    struct name theirs = namespace_of(pid, "pid"), ours = namespace_of(getpid(), "pid");
-    if (!*theirs.of || !strcmp(theirs.of, ours.of))
-        return number;
-    DIR *all = opendir("/proc");
+uint32_t process_apart(int pid) {
+    uint32_t theirs = namespace_of(pid, "pid");
+    return theirs == namespace_of(getpid(), "pid") ? 0 : theirs;
+}
+
+static bool is(int pid, uint32_t apart, int number) {
+    if (own_number(pid) != number)
+        return false;
+    uint32_t theirs = process_apart(pid);
+    return apart == APART_SOMEWHERE ? theirs != 0 : theirs == apart;
+}
+
+// Among the children of a process: quick. Source: proc_tid_children(5).
+static int child_here(int parent, uint32_t apart, int number) {
+    char path[48], text[4096];
     int found = 0;
+    snprintf(path, sizeof path, "/proc/%d/task", parent);
+    DIR *threads = parent > 0 ? opendir(path) : NULL;
+    for (struct dirent *e; threads && !found && (e = readdir(threads));) {
+        snprintf(path, sizeof path, "/proc/%d/task/%.10s/children", parent, e->d_name);
+        int fd = *e->d_name == '.' ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+        ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
+        if (fd >= 0)
+            close(fd);
+        text[n > 0 ? n : 0] = 0;
+        for (char *at = text, *end; !found && (end = strchr(at, ' ')); at = end + 1)
+            if (is(atoi(at), apart, number))
+                found = atoi(at);
+    }
+    if (threads)
+        closedir(threads);
+    return found;
+}
+
+int process_here(int parent, uint32_t apart, int number) {
+    int found = child_here(parent, apart, number);
+    DIR *all = found ? NULL : opendir("/proc");
     for (struct dirent *e; all && !found && (e = readdir(all));) {
         int one = atoi(e->d_name);
-        if (one > 0 && own_number(one) == number && !strcmp(namespace_of(one, "pid").of, theirs.of))
+        if (one > 0 && is(one, apart, number))
             found = one;
     }
     if (all)
         closedir(all);
     return found;
+}
+
+int number_here(int pid, int number) {
+    uint32_t apart = process_apart(pid);
+    return apart ? process_here(0, apart, number) : number;
 }

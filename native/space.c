@@ -43,6 +43,7 @@ struct space *space_again(struct edm_engine *g, const struct source_ops *ops, st
     s->region = state->region;
     s->anchor = state->anchor;
     s->forked = state->forked;
+    s->apart = state->apart;
     s->asks = true;
     s->pid = state->pid;
     s->uffd = state->uffd[g->turn];
@@ -336,7 +337,8 @@ struct space *space_fork(struct space *parent) {
     child->asks = parent->asks;
     child->merges = space_merges(parent);
     child->own_uffd = space_own_uffd(parent);
-    child->inner = parent->inner || children_apart(parent->pid);
+    uint32_t apart = children_apart(parent->pid);  // not to be seen where it has ended, after a takeover
+    child->apart = child->state->apart = apart ? apart : parent->apart;
     child->young = parent->unquiet = true;
     if (parent->adopting)  // not known yet
         ranges_add(&child->at_fork, 0, LSPT_MAX_PAGE);

@@ -25,8 +25,8 @@ struct state_space {
     int32_t pid;              // 0: a forked child that has not faulted yet
     int32_t uffd[2], ctl[2];  // descriptors, by the head's `turn`
     uint64_t region, anchor;
-    uint64_t born;  // the outbox sequence it is valid from
-    uint32_t forked, unused;
+    uint64_t born;           // the outbox sequence it is valid from
+    uint32_t forked, apart;  // apart: as in struct space
     // Pages moving to staging: since sequence `moved_from`, unless that is past.
     uint32_t moving, windows;
     uint64_t moved_from;

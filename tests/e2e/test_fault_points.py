@@ -6,6 +6,7 @@ each transport, and prints what came of it.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections import Counter
@@ -122,6 +123,19 @@ def test_what_a_child_writes_after_a_takeover_stays(edm, program):
     death = run_with_death(edm, program("tree"), "batch_committed", arguments=["child_writes_what_was_read"])
     assert death.reached
     assert (death.status, death.out) == (0, b"child_writes_what_was_read: as it should be\n"), death.err
+    assert "is there again" in death.err
+
+
+@pytest.mark.parametrize("point", points(("fork_made", "messages_read")))
+def test_the_dm_handler_dies_where_children_have_other_numbers(edm, program, point):
+    """A child whose parent has ended meanwhile, and may no more be asked in which PID namespace it was."""
+    inside = ("--pid", "--fork", "--mount-proc")
+    if not shutil.which("unshare") or subprocess.run(["unshare", *inside, "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespaces here")
+    command = (*inside, program("tree"), "double_fork", "as_daemon")
+    death = run_with_death(edm, "unshare", point, arguments=command, times=0)
+    assert death.reached, f"never came to {point}"
+    assert (death.status, death.out) == (0, b"double_fork: as it should be\nas_daemon: as it should be\n"), death.err
     assert "is there again" in death.err
 
 

@@ -37,6 +37,14 @@ def test_a_process_of_the_sidecars_number_there_is_left_alone(edm, program, tmp_
     assert edm.left_behind() == ({}, [])
 
 
+def test_children_made_past_the_c_library_there_find_what_they_are_to_find(edm, program):
+    if not shutil.which("unshare") or subprocess.run([*INSIDE, "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespaces here")
+    steps = ("raw_clone", "raw_clone_madvised")
+    ran = edm.run("--transport", "inproc", "--local-memory", "1M", "--", *INSIDE, program("tree"), *steps)
+    assert (ran.status, ran.out.decode().splitlines()) == (0, [f"{s}: as it should be" for s in steps])
+
+
 def test_memory_of_others_is_reached_there(edm, program):
     if not shutil.which("unshare") or subprocess.run([*INSIDE, "true"], capture_output=True).returncode:
         pytest.skip("no PID namespaces here")

@@ -187,10 +187,8 @@ static void stage_again(struct edm_engine *g, struct space *s, uint64_t page, ui
 // A batch was under way: its pages are in staging, and nowhere else.
 static bool batch_again(struct edm_engine *g, struct space *s) {
     struct state_space *t = s->state;
-    if (!t->moving || g->state->committed > t->moved_from) {
-        t->moving = 0;
+    if (!t->moving)
         return true;
-    }
     t->moved_from = g->seq;
     STATE_BARRIER();
     for (uint32_t k = 0; k < t->windows && k < EDM_WINDOWS; k++)
@@ -304,10 +302,25 @@ static bool attach_again(struct space *s) {
     return true;
 }
 
+// Of a program that has gone: what it forked is served all the same, by the events that were read and not yet applied.
+static void forks_again(struct edm_engine *g, struct space *s) {
+    const struct state_space *t = s->state;
+    if (s->uffd < 0 || !events_fork_left(s))
+        return;
+    staged_again(g, s);
+    // What was in its staging area went with it.
+    s->lacks = t->moving;
+    s->adopting = true;
+    events_again(g, s);
+    s->adopting = false;
+}
+
 // True when the space is served again.
 static bool adopt_space(struct edm_engine *g, struct space *s) {
-    if (!attach_again(s))
+    if (!attach_again(s)) {
+        forks_again(g, s);
         return false;
+    }
     staged_again(g, s);
     if (s->ctl && !batch_again(g, s)) {
         stop(s, "its staging area cannot be read after the DM-Handler's death");
@@ -345,8 +358,6 @@ static bool adopt_space(struct edm_engine *g, struct space *s) {
 void adopt_spaces(struct edm_engine *g) {
     for (uint32_t i = 0; i < g->state->spaces; i++) {
         struct state_space *t = &g->state_space[i];
-        if (t->used && !state_valid(g, t))
-            t->used = 0;
         if (!t->used)
             continue;
         // Events of it may make more of these, behind or before: those are served already.

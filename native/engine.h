@@ -219,6 +219,7 @@ struct space {
     struct ranges blank;     // adopted: of what is wanted, what the DMS has nothing of
     struct range untouched;  // of what was filled ahead there, pages of zeros are to leave
     bool giving, own_uffd;
+    bool lacks;      // pages went with the parent: it must not read what it would find there
     uint32_t apart;  // its PID namespace, if that is not ours; own: its number there, where it was not found here
     int own;
     uint32_t stacks_seen, stacks_told;
@@ -470,7 +471,7 @@ void event_unmap(struct space *s, uint64_t a, uint64_t b);
 bool mappings_flagged(int pid, const char *flag, uint64_t a, uint64_t b, struct ranges *out);
 bool order_put_off(struct space *s, const struct uffd_msg *m);
 bool order_swapped(struct space *s, uint32_t at, uint32_t n);
-void order_again(struct edm_engine *g, struct space *s);
+void order_again(struct space *s);
 bool order_has(const struct space *s, const struct uffd_msg *m);
 bool order_put_off_removal(struct space *s, uint64_t a, uint64_t b, const struct uffd_msg *m);
 bool order_waits(const struct space *s, uint64_t page);
@@ -485,6 +486,7 @@ int event_uffd(const struct edm_engine *g, const struct uffd_msg *m);
 void event_uffd_again(const struct edm_engine *g, struct uffd_msg *m, int fd);
 // What another DM-Handler had read and not applied, and what is there to be read; faults are left to be raised again.
 void events_again(struct edm_engine *g, struct space *s);
+bool events_fork_left(const struct space *s);  // read, and not applied
 
 // ---- faults.c [5, 12-15]
 void fault_take(struct edm_engine *g, int worker, struct fault f);

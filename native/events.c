@@ -5,6 +5,7 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
 #include <time.h>
 
@@ -173,6 +174,12 @@ static void first_fault(struct space *s, const struct uffd_msg *m) {
     else
         s->pid = s->state->pid = number;
     s->own = s->pid ? 0 : number;
+    if (s->lacks) {
+        engine_error(s->engine, "process %d is stopped: its parent has ended, with pages of it, as the DM-Handler did",
+                     s->pid);
+        if (s->pid > 0)
+            kill(s->pid, SIGKILL);
+    }
     if (s->forked && page_of(m->arg.pagefault.address) != page_of(s->anchor))
         space_prune_unmapped(s);
 }
@@ -252,11 +259,23 @@ static uint32_t events_more(struct space *s, uint32_t at, uint32_t n) {
     return n;
 }
 
+// The first that has not been applied.
+static uint32_t events_at(const struct space *s, uint32_t n) {
+    uint32_t at = (uint32_t)(s->state->event_mark % EVENT_AT);
+    return at + (at < n && order_has(s, &s->state->event[at]));
+}
+
+bool events_fork_left(const struct space *s) {
+    uint32_t n = events_left(s);
+    for (uint32_t i = events_at(s, n); i < n; i++)
+        if (s->state->event[i].event == UFFD_EVENT_FORK)
+            return true;
+    return false;
+}
+
 void events_again(struct edm_engine *g, struct space *s) {
-    uint32_t n = events_left(s), at = (uint32_t)(s->state->event_mark % EVENT_AT);
-    if (at < n && (g->state->committed > s->state->event_mark / EVENT_AT || order_has(s, &s->state->event[at])))
-        at++;
-    order_again(g, s);
+    uint32_t n = events_left(s), at = events_at(s, n);
+    order_again(s);
     s->unquiet = s->unsure = true;
     // A thread that is let go on may owe another event; what was put off comes behind all of them.
     for (int tries = 0; tries < QUIET_TRIES;) {

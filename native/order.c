@@ -104,11 +104,8 @@ bool order_swapped(struct space *s, uint32_t at, uint32_t n) {
 }
 
 // Taking over, before any event: what was put off is put off still.
-void order_again(struct edm_engine *g, struct space *s) {
-    struct state_space *t = s->state;
-    if (g->state->committed > t->late_mark / EVENT_AT)
-        t->late[t->late_mark % EVENT_AT].event = 0;
-    late_mark(s, NOT_YET, 0);
+void order_again(struct space *s) {
+    const struct state_space *t = s->state;
     for (int i = 0; i < STATE_LATE; i++) {
         if (!t->late[i].event)
             continue;

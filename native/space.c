@@ -335,6 +335,7 @@ struct space *space_fork(struct space *parent) {
     child->forked = true;
     child->state->forked = 1;
     child->asks = parent->asks;
+    child->lacks = parent->lacks;
     child->merges = space_merges(parent);
     child->own_uffd = space_own_uffd(parent);
     uint32_t apart = children_apart(parent->pid);  // not to be seen where it has ended, after a takeover

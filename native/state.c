@@ -72,6 +72,30 @@ void state_close(struct edm_engine *g) {
     g->state_fd = -1;
 }
 
+// Whether something was done, by a DM-Handler that died: by what was committed then. What its successor commits for one
+// program says nothing of the others.
+static void settle(struct state_space *t, uint64_t committed) {
+    if (t->moving && committed > t->moved_from)
+        t->moving = 0;
+    t->moved_from = NOT_YET;
+    uint64_t at = t->event_mark % EVENT_AT + (committed > t->event_mark / EVENT_AT);
+    __atomic_store_n(&t->event_mark, NOT_YET * EVENT_AT + at, __ATOMIC_RELEASE);
+    if (committed > t->late_mark / EVENT_AT)
+        t->late[t->late_mark % EVENT_AT].event = 0;
+    STATE_BARRIER();
+    t->late_mark = NOT_YET * EVENT_AT;
+}
+
+void state_settle(struct edm_engine *g) {
+    for (uint32_t i = 0; i < g->state->spaces; i++) {
+        struct state_space *t = &g->state_space[i];
+        if (t->used && t->born <= g->state->committed)
+            settle(t, g->state->committed);
+        else
+            t->used = 0;
+    }
+}
+
 void state_commit(struct edm_engine *g) { __atomic_store_n(&g->state->committed, g->seq, __ATOMIC_RELEASE); }
 
 // Valid with the next outbox item.

@@ -67,6 +67,7 @@ int state_create(struct edm_engine *g, uint32_t slots);
 void state_close(struct edm_engine *g);
 // All outbox items so far are valid, and what goes with them.
 void state_commit(struct edm_engine *g);
+void state_settle(struct edm_engine *g);  // taking over, before anything is committed
 struct state_space *state_space_new(struct edm_engine *g);
 void state_space_gone(struct edm_engine *g, struct space *s);
 

@@ -342,6 +342,7 @@ void outbox_again(struct edm_engine *g) {
     uint32_t n = 0, *ids = xcalloc(g->state->items + 1, sizeof *ids);
     g->nitems = g->state->items;
     g->seq = g->state->committed;
+    state_settle(g);
     for (uint32_t id = g->nitems; id > 0; id--) {
         struct outbox_item *o = ITEM(g, id);
         if (o->state != OB_FREE && o->state != OB_CANCELLED_IN_FLIGHT && o->seq <= g->seq) {

@@ -139,6 +139,15 @@ def test_the_dm_handler_dies_where_children_have_other_numbers(edm, program, poi
     assert "is there again" in death.err
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.soak)])
+def test_what_a_program_that_has_ended_forked_is_served_after_a_takeover(edm, program, times):
+    """Its fork was read, and the child not made; nor is what is committed meanwhile for others taken for its own."""
+    death = run_with_death(edm, program("tree"), "fork_made", arguments=("double_fork", "as_daemon"), times=times)
+    assert death.reached
+    assert (death.status, death.out) == (0, b"double_fork: as it should be\nas_daemon: as it should be\n"), death.err
+    assert "is there again" in death.err
+
+
 def test_a_point_takes_only_what_can_be_done_there(edm, program):
     death = run_with_death(edm, program("stamped"), "fork_made", action="corrupt")
     assert death.status == 2

@@ -51,8 +51,9 @@ int process_of_thread(int number) {
 
 uint32_t children_apart(int pid) {
     uint32_t theirs = namespace_of(pid, "pid_for_children");
+    // Of a process that is ending there is none of these to be seen.
     if (!theirs)
-        return errno == ENOENT && namespace_of(pid, "pid") ? APART_SOMEWHERE : 0;
+        return errno == ENOENT && namespace_of(pid, "uts") ? APART_SOMEWHERE : 0;
     return theirs == namespace_of(getpid(), "pid") ? 0 : theirs;
 }
 

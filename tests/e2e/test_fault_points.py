@@ -4,15 +4,19 @@ The quick form kills at the points where most is half done; `make soak` at all o
 each transport, and prints what came of it.
 """
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections import Counter
 
 import pytest
 from killing import ADOPTING, GIVING, LIVING, OPS, POINTS, SERVING, run_with_death
+
+from edm.faultpoints import VARIABLE
 
 pytestmark = [pytest.mark.uffd, pytest.mark.timeout(120)]
 
@@ -146,6 +150,29 @@ def test_what_a_program_that_has_ended_forked_is_served_after_a_takeover(edm, pr
     assert death.reached
     assert (death.status, death.out) == (0, b"double_fork: as it should be\nas_daemon: as it should be\n"), death.err
     assert "is there again" in death.err
+
+
+GRANDCHILD = """
+import os
+end, other = os.pipe()
+child = os.fork()
+if not child:
+    if not os.fork():
+        os.write(other, b"here")
+    os._exit(0)
+print(os.read(end, 4), os.waitpid(child, 0)[1])
+"""
+
+
+def test_the_child_of_a_program_that_ends_at_once_is_found(edm, tmp_path):
+    """In which PID namespace it is cannot be seen of a parent that has ended by the time the fork is looked at."""
+    flag, report = edm.directory / "point", tmp_path / "report.json"
+    flag.write_text("dm-handler fork_begun delay 1\n")
+    edm.environment[VARIABLE] = str(flag)
+    ran = edm.run("--transport", "inproc", "--report", report, "--", sys.executable, "-c", GRANDCHILD)
+    assert (ran.status, ran.out, ran.err) == (0, b"b'here' 0\n", "")
+    assert not flag.exists()
+    assert json.loads(report.read_text())["counters"]["processes"] == 3
 
 
 def test_a_point_takes_only_what_can_be_done_there(edm, program):

@@ -315,6 +315,7 @@ static void another_takes_over(void) {
     ranges_free(&s->doubtful);
     s->late = 0;
     changing_now = false;
+    state_settle(g);
     s->adopting = true;
     events_again(g, s);
     s->adopting = false;
@@ -425,7 +426,47 @@ static void killed_while_it_catches_up(void) {
     both_have_moved();
 }
 
+// What the next DM-Handler commits for another program says nothing of what was begun for this one.
+static void committed_for_another_meanwhile(void) {
+    begin();
+    kernel_moves(A, B);
+    remap_comes(A, B);
+    s->state->event[0] = queue[--queued];
+    s->state->event_mark = g->seq * EVENT_AT;
+    s->state->moving = 1;
+    s->state->moved_from = g->seq;
+    state_settle(g);
+    g->seq++;
+    state_commit(g);
+    another_takes_over();
+    CHECK(s->state->moving);
+    s->state->moving = 0;
+    must_be_at(B, 1);
+    finish();
+}
+
+// … and what was committed for this one has been done.
+static void committed_and_not_noted(void) {
+    begin();
+    kernel_moves(A, B);
+    remap_comes(A, B);
+    events_are_read();
+    must_be_at(B, 1);
+    s->state->event[0] = (struct uffd_msg){.event = UFFD_EVENT_UNMAP};
+    s->state->event[0].arg.remove.start = B << PAGE_SHIFT;
+    s->state->event[0].arg.remove.end = (B + 1) << PAGE_SHIFT;
+    s->state->event_mark = (g->seq - 1) * EVENT_AT;
+    s->state->moving = 1;
+    s->state->moved_from = g->seq - 1;
+    another_takes_over();
+    CHECK(!s->state->moving);
+    must_be_at(B, 1);
+    finish();
+}
+
 int main(void) {
+    committed_for_another_meanwhile();
+    committed_and_not_noted();
     one_thread_moves_and_nothing_else();
     second_remap_is_read_first();
     second_remap_is_read_before_an_unmap();

@@ -220,6 +220,8 @@ int space_read(struct edm_engine *g, struct space *s, int worker) {
         g->count.faults++;
         if (s->pid <= 0 && !s->own && s->ops == &uffd_ops)
             first_fault(s, &m[i]);
+        if (s->lacks)  // it is stopped, or waits: what it would find is not what it is to read
+            continue;
         worker_follow(g, worker, (int)m[i].arg.pagefault.feat.ptid);
         idle_fault(g, m[i].arg.pagefault.feat.ptid);
         struct fault f = {s, page_of(m[i].arg.pagefault.address), (uint32_t)m[i].arg.pagefault.flags,

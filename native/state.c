@@ -77,6 +77,7 @@ void state_close(struct edm_engine *g) {
 static void settle(struct state_space *t, uint64_t committed) {
     if (t->moving && committed > t->moved_from)
         t->moving = 0;
+    STATE_BARRIER();
     t->moved_from = NOT_YET;
     uint64_t at = t->event_mark % EVENT_AT + (committed > t->event_mark / EVENT_AT);
     __atomic_store_n(&t->event_mark, NOT_YET * EVENT_AT + at, __ATOMIC_RELEASE);

@@ -12,6 +12,9 @@
 #include "reach.h"
 #include "talk.h"
 
+#define QUICK_TURNS 1000  // for a lock that is held for a few microseconds
+#define LOCK_TURNS 11000  // ten seconds and more
+
 static struct edm_ctl *control;
 
 void bring_to(struct edm_ctl *c) { __atomic_store_n(&control, c, __ATOMIC_RELEASE); }
@@ -56,8 +59,14 @@ void reach_hold(void) {
     if (!c)
         return;
     __atomic_fetch_add(&c->forking, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&c->lock, __ATOMIC_SEQ_CST) == EDM_LOCK_SIDECAR)  // a move that began before
-        CALL(SYS_sched_yield, 0, 0, 0);
+    // A move that began before. A sidecar that was killed in one keeps the lock: one that does not end it for five
+    // seconds is ended (native/sidecar.c), so that nothing moves any more after that.
+    struct timespec pause = {0, 1000000};
+    for (int i = 0; i < LOCK_TURNS && __atomic_load_n(&c->lock, __ATOMIC_SEQ_CST) == EDM_LOCK_SIDECAR; i++)
+        if (i < QUICK_TURNS)
+            CALL(SYS_sched_yield, 0, 0, 0);
+        else
+            CALL(SYS_nanosleep, &pause, 0, 0);
 }
 
 void reach_let_go(void) {

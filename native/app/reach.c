@@ -325,8 +325,7 @@ int __open64_2(const char *path, int flags);
 EXPORTED int __open_2(const char *path, int flags) { return open(path, flags); }
 EXPORTED int __open64_2(const char *path, int flags) { return open64(path, flags); }
 
-// ---- ptrace
-// -----------------------------------------------------------------------------------------------------------
+// ---- ptrace -------------------------------------------------------------------------------------------------------
 
 static long (*real_ptrace)(int, ...);
 
